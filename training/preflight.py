@@ -346,7 +346,7 @@ def _step_bytes(recipe: Recipe, row: int) -> int:
     # Without a budget, about half of the latents may be active at first.
     budgeted = "k" in with_budget(recipe.dictionary.known_encoder)
     scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
-    if not budgeted:
+    if not budgeted and recipe.dictionary.kind == "cross_layer_transcoder":
         # Layers are encoded one after another, and all codes are kept.
         scores *= len(recipe.dictionary.hooks_in)
     return 4 * (scores + 4 * tokens * row)

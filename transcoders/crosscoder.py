@@ -32,7 +32,8 @@ class Crosscoder(OneBlockDictionary):
 
     **Attributes** for sites ``s = 0, 1, ...`` and latents ``i``:
 
-    - ``names``, ``widths``: name and width of every site. Names are the hooks, or, with two models, ``base`` and ``tuned``;
+    - ``names``, ``widths``: name and width of every site. Recipes name sites by their hooks, with two models ``base/HOOK`` and
+      ``tuned/HOOK``;
     - ``sites[s].reads``: slice of the site's columns in concatenated activations, and in ``W_enc``, ``W_dec``, ``b_dec``;
     - ``W_enc (n_latents, d_in)``, ``b_enc (n_latents,)``, ``W_dec (n_latents, d_in)``, ``b_dec (d_in,)``: parameters for
       normalized activations (each site divided by its scale), with the sites' columns concatenated;

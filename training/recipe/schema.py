@@ -221,18 +221,20 @@ class DictionarySection(Section):
     With a ``start``, keys that the recipe leaves out are those of the saved dictionary.
     """
 
-    kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = Field(
+    kind: Literal["sae", "transcoder", "cross_layer_transcoder", "crosscoder"] = Field(
         default="sae",
         description="sae: reconstructs its own input; transcoder: predicts a module's output from its input; "
-        "cross_layer_transcoder: predicts the outputs of a layer's MLP and of all later ones",
+        "cross_layer_transcoder: predicts the outputs of a layer's MLP and of all later ones; crosscoder: reconstructs several "
+        "activations of a token from one code",
     )
     hook: str | None = Field(default=None, description="sae: hook to read and reconstruct")
+    hooks: Hooks = Field(default=None, description="crosscoder: two or more hooks to read and reconstruct together")
     hook_in: Hooks = Field(
         default=None, description="transcoder: hook to read; cross_layer_transcoder: a list, one hook per layer"
     )
     hook_out: Hooks = Field(default=None, description="hook to predict, or a list, as in hook_in")
     layer: Annotated[int, Field(ge=0)] | None = Field(default=None, description="with site, in place of hooks; counted from 0")
-    layers: Layers = Field(default=None, description="cross_layer_transcoder: all, or a list; with site, in place of hooks")
+    layers: Layers = Field(default=None, description="cross_layer_transcoder, crosscoder: all, or a list; with site")
     site: str | None = Field(default=None, description="part of the layer: mlp (transcoders), mlp_out, attn_out, ...")
     skip: bool = Field(default=False, description="transcoder: add an affine skip path around the latents, zero at first")
     joint: bool = Field(
@@ -288,7 +290,13 @@ class DictionarySection(Section):
     @property
     def resolved(self) -> bool:
         """True if the hooks are given directly, by module path."""
-        return self.hook is not None or (self.hook_in is not None and self.hook_out is not None)
+        sides = self.hook_in is not None and self.hook_out is not None
+        return sides or self.hook is not None or self.hooks is not None
+
+    @property
+    def two_sided(self) -> bool:
+        """True if the dictionary predicts activations other than those it reads."""
+        return self.kind in ("transcoder", "cross_layer_transcoder")
 
     @property
     def hooks_in(self) -> tuple[str, ...]:
@@ -297,7 +305,7 @@ class DictionarySection(Section):
 
     @property
     def hooks_out(self) -> tuple[str, ...]:
-        """Hooks to reconstruct; for an SAE, the same as ``hooks_in``."""
+        """Hooks to reconstruct; for an SAE or crosscoder, the same as ``hooks_in``."""
         return self._named(self.hook_out)
 
     @property
@@ -306,7 +314,7 @@ class DictionarySection(Section):
         return tuple(dict.fromkeys((*self.hooks_in, *self.hooks_out)))
 
     def _named(self, given: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        named = given if self.hook is None else self.hook
+        named = next((hooks for hooks in (self.hook, self.hooks) if hooks is not None), given)
         assert named is not None, "a recipe is resolved before its hooks are asked for"
         return (named,) if isinstance(named, str) else named
 

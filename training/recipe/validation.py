@@ -77,7 +77,8 @@ def check_together(recipe: Recipe) -> list[str]:
     """Return one line for each mistake that involves several keys."""
     section = recipe.dictionary
     problems = _check_start(section) + _check_training(recipe) + _check_dictionary(section, recipe.model.id)
-    named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
+    own = [key for key in ("hook", "hooks") if getattr(section, key) is not None]
+    named = own or (["hook_in", "hook_out"] if section.resolved else [])
     for key in named if not problems else ():
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
     for index, hook in enumerate(recipe.harvest.hooks):
@@ -187,10 +188,11 @@ PLACES = {
 # Keys that only some kinds of dictionary have, in the order in which mistakes are reported.
 KINDS_WITH = {
     "hook": ("sae",),
+    "hooks": ("crosscoder",),
     "hook_in": ("transcoder", "cross_layer_transcoder"),
     "hook_out": ("transcoder", "cross_layer_transcoder"),
     "layer": ("sae", "transcoder"),
-    "layers": ("cross_layer_transcoder",),
+    "layers": ("cross_layer_transcoder", "crosscoder"),
     "skip": ("transcoder",),
     "joint": ("cross_layer_transcoder",),
 }
@@ -198,6 +200,7 @@ INSTEAD = {
     "sae": "Give hook, or layer and site",
     "transcoder": "Give hook_in and hook_out, or layer and site",
     "cross_layer_transcoder": "Give hook_in and hook_out as lists, or layers and site",
+    "crosscoder": "Give hooks, or layers and site",
 }
 
 
@@ -214,7 +217,7 @@ def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
     ]
     if problems:
         return problems
-    ways = [("hook",) if kind == "sae" else ("hook_in", "hook_out"), (_layers_key(kind), "site")]
+    ways = [_hook_keys(kind), (_layers_key(kind), "site")]
     started = [way for way in ways if given & set(way)]
     if len(started) != 1:
         found = " and ".join(key for way in ways for key in way if key in given)
@@ -227,8 +230,12 @@ def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
     return _check_hooks(section, model)
 
 
+def _hook_keys(kind: str) -> tuple[str, ...]:
+    return {"sae": ("hook",), "crosscoder": ("hooks",)}.get(kind, ("hook_in", "hook_out"))
+
+
 def _layers_key(kind: str) -> str:
-    return "layers" if kind == "cross_layer_transcoder" else "layer"
+    return "layers" if kind in KINDS_WITH["layers"] else "layer"
 
 
 def _check_layers(section: DictionarySection) -> list[str]:
@@ -240,27 +247,47 @@ def _check_layers(section: DictionarySection) -> list[str]:
 
 def _check_hooks(section: DictionarySection, model: str) -> list[str]:
     problems = []
-    many = section.kind == "cross_layer_transcoder"
-    for key in ("hook",) if section.kind == "sae" else ("hook_in", "hook_out"):
+    many = section.kind in KINDS_WITH["layers"]
+    for key in _hook_keys(section.kind):
         value = getattr(section, key)
         if isinstance(value, tuple) != many:
             wanted = "a list of hooks, one of every layer" if many else "one hook"
+            wanted = "a list of two or more hooks" if section.kind == "crosscoder" else wanted
             problems.append(f"dictionary.{key}: expected {wanted}, got {list(value) if isinstance(value, tuple) else value!r}.")
             continue
         hooks = value if isinstance(value, tuple) else (value,)
         problems += [line for hook in hooks for line in _check_hook(f"dictionary.{key}", hook, model)]
         if len(set(hooks)) < len(hooks):
             problems.append(f"dictionary.{key}: expected each hook once, got one twice.")
-    if not problems and many and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out)):
+    if not problems and section.kind == "crosscoder" and len(section.hooks_in) < 2:
+        problems.append(
+            "dictionary.hooks: expected two or more hooks, got one. What reconstructs a single activation is kind: sae."
+        )
+    if (
+        not problems
+        and many
+        and section.two_sided
+        and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out))
+    ):
         sizes = f"{len(section.hooks_in)} and {len(section.hooks_out)}"
         problems.append(f"dictionary.hook_out: expected two or more hooks, as many as in hook_in, got {sizes}.")
-    if not problems and section.kind != "sae" and set(section.hooks_in) & set(section.hooks_out):
+    if not problems and section.two_sided and set(section.hooks_in) & set(section.hooks_out):
         twice = next(hook for hook in section.hooks_in if hook in section.hooks_out)
         problems.append(
             f"dictionary.hook_out: expected hooks other than those of hook_in, got {twice!r} in both. "
             "What reconstructs its input is kind: sae."
         )
     return problems
+
+
+def _check_crosscoder(recipe: Recipe) -> list[str]:
+    """Check the restrictions of crosscoders."""
+    if recipe.uses_kl:
+        return [
+            "objective: expected reconstruction with a crosscoder, whose code needs later activations than the first it would "
+            "replace, got kl."
+        ]
+    return []
 
 
 def _check_cross_layer(recipe: Recipe) -> list[str]:
@@ -301,6 +328,8 @@ def _check_training(recipe: Recipe) -> list[str]:
             problems += _check_variants(recipe, key, spec)
     if recipe.dictionary.kind == "cross_layer_transcoder":
         problems += _check_cross_layer(recipe)
+    if recipe.dictionary.kind == "crosscoder":
+        problems += _check_crosscoder(recipe)
     # Names that cannot be looked up, such as lists, have been reported.
     specs = [(key, spec) for key, spec in specs if isinstance(spec.get("name"), str)]
     names = {spec["name"] for _, spec in specs if spec["name"] in ENCODERS}
