@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..training.activations.contexts import context_batches
 from ..training.activations.limits import context_problems, tokenizer_problems
-from ..training.activations.model import LanguageModel, load_model, parts_of
+from ..training.activations.model import LanguageModel, each_model, load_model
 from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
 from ..training.shortfalls import Shortfall, recorded, shortfall, shortfalls_together
@@ -166,7 +166,7 @@ def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
     model = load_model(ModelSection.model_validate(provenance["model"]))
     problems = []
-    for part in parts_of(model):
+    for part in each_model(model):
         problems += [*context_problems(part, text.context_length), *tokenizer_problems(part, model.tokenizer, text)]
     if problems:
         raise ValueError("\n".join(problems))

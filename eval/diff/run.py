@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...sae.files import write_json
 from ...training.activations.contexts import context_batches
-from ...training.activations.model import LanguageModel, parts_of
-from ...training.activations.model_pair import NAMES, ModelPair, model_of, own_hook
+from ...training.activations.model import LanguageModel, each_model
+from ...training.activations.model_pair import NAMES, ModelPair, own_hook, side_of
 from ...training.stages import stage
 from ...transcoders.crosscoder import Crosscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
@@ -122,7 +122,7 @@ def require_crosscoder_of_two(opened: LoadedCheckpoint) -> None:
         got = f"{len(opened.members)} dictionaries" if len(opened.members) > 1 else f"kind {kind}"
         raise ValueError(f"{opened.name}: expected a crosscoder of two models, got {got}. {train}")
     hooks = hooks_of_provenance(first.provenance)[0]
-    if tuple(map(model_of, hooks)) != NAMES:
+    if tuple(map(side_of, hooks)) != NAMES:
         raise ValueError(
             f"{opened.name}: expected a crosscoder of two models, one hook of each, got one of {', '.join(hooks)}. {train}"
         )
@@ -137,7 +137,7 @@ def _pair(opened: LoadedCheckpoint) -> DiffedPair:
             f"{opened.name}: model: expected two models, got {data.model.id} alone. Leave --model out, or give the tuned one "
             "too: --set model.tuned='{id: TUNED}'."
         )
-    base, tuned = parts_of(data.model)
+    base, tuned = each_model(data.model)
     crosscoder = member.dictionary.to(data.model.device)
     assert isinstance(crosscoder, Crosscoder)
     widths = data.model.widths((first, second))

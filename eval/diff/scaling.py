@@ -48,8 +48,8 @@ class LatentScaling:
 
     def __init__(
         self,
-        decoders: tuple[Float[Tensor, "n_latents d"], Float[Tensor, "n_latents d"]],
-        biases: tuple[Float[Tensor, " d"], Float[Tensor, " d"]],
+        decoders: tuple[Float[Tensor, "n_latents d_base"], Float[Tensor, "n_latents d_tuned"]],
+        biases: tuple[Float[Tensor, " d_base"], Float[Tensor, " d_tuned"]],
     ):
         if decoders[0].shape != decoders[1].shape:
             widths = f"{decoders[0].shape[1]} and {decoders[1].shape[1]}"

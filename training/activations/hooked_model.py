@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
-from .model_pair import EnoughSeen, model_of, module_path
+from .model_pair import EnoughSeen, hook_path, side_of
 from .placement import input_device, is_spread, on_device
 
 
@@ -64,7 +64,7 @@ class HookedModel:
                     raise EnoughSeen
                 # Later modules may modify this tensor in place.
                 seen[hook] = x.detach().clone()
-                if all(other in seen for other in hooks if model_of(other) == model_of(hook)):
+                if all(other in seen for other in hooks if side_of(other) == side_of(hook)):
                     raise EnoughSeen(of_all=False)
 
             return reader
@@ -176,7 +176,7 @@ class HookedModel:
             HookError: If there is no such module; the message lists the nearest hooks.
         """
         path, _, side = hook.rpartition(":")
-        modules = {module_path(self.module, name): part for name, part in self.module.named_modules()}
+        modules = {hook_path(self.module, name): part for name, part in self.module.named_modules()}
         if path not in modules or not path or side not in ("in", "out"):
             near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
             choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)

@@ -219,7 +219,7 @@ def paired(base: LanguageModel, tuned: LanguageModel) -> LanguageModel:
     return LanguageModel(ModelPair(base.module, tuned.module), base.tokenizer, base.id, base.revision, section)
 
 
-def parts_of(model: LanguageModel) -> tuple[LanguageModel, ...]:
+def each_model(model: LanguageModel) -> tuple[LanguageModel, ...]:
     """Return the two models of a pair, or the model itself."""
     if not isinstance(model.module, ModelPair):
         return (model,)

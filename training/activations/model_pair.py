@@ -55,10 +55,10 @@ class ModelPair(nn.Module):
         return PairOutput(*logits)
 
 
-def model_of(hook: str) -> str:
+def side_of(hook: str) -> str:
     """Return the model that a hook of a pair belongs to; an empty string for a hook of one model.
 
-    >>> model_of("tuned/transformer.h.2:out"), model_of("transformer.h.2:out")
+    >>> side_of("tuned/transformer.h.2:out"), side_of("transformer.h.2:out")
     ('tuned', '')
     """
     name, _, rest = hook.partition("/")
@@ -71,16 +71,16 @@ def own_hook(hook: str) -> str:
     >>> own_hook("tuned/transformer.h.2:out")
     'transformer.h.2:out'
     """
-    name = model_of(hook)
+    name = side_of(hook)
     return hook.removeprefix(f"{name}/") if name else hook
 
 
 def hooks_of(hooks: Sequence[str], name: str) -> tuple[str, ...]:
     """Return the hooks of one model of a pair, as this model names them."""
-    return tuple(own_hook(hook) for hook in hooks if model_of(hook) == name)
+    return tuple(own_hook(hook) for hook in hooks if side_of(hook) == name)
 
 
-def module_path(module: nn.Module, name: str) -> str:
+def hook_path(module: nn.Module, name: str) -> str:
     """Return the path that hooks use for a submodule: in a pair, a slash follows the name of the model."""
     return name.replace(".", "/", 1) if isinstance(module, ModelPair) else name
 

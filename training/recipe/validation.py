@@ -86,6 +86,8 @@ def check_together(recipe: Recipe) -> list[str]:
     if not problems:
         hooks = {f"dictionary.{named[0]}": section.all_hooks} if named else {}
         problems += pair_problems(recipe.model, {**hooks, "harvest.hooks": recipe.harvest.hooks})
+        if recipe.model.tuned is not None and not section.resolved:
+            problems.append("dictionary.site: expected hooks with two models, which may differ in their layers. Give hook.")
         if recipe.model.tuned is not None and (recipe.uses_kl or recipe.harvest.gradients):
             key = "objective" if recipe.uses_kl else "harvest.gradients"
             problems.append(
