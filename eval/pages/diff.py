@@ -47,18 +47,11 @@ class ClosedRow(NamedTuple):
     meaning: str
 
 
-class LatentEntry(NamedTuple):
-    """An exclusive latent: its contexts, and the figures beside them."""
-
-    example: ExampleLatent
-    words: str
-
-
 def render_diff(found: dict[str, Any]) -> str:
     """Render the content of ``diff.json``. Equal input gives equal bytes."""
     models, hooks, patching = found["models"], found["hooks"], found["patching"]
-    latents = [LatentEntry(_example(row), _figures(row)) for row in found["latents"]]
-    tokens = (token for each in latents for context in each.example.contexts for token in context)
+    latents = [_example(row) for row in found["latents"]]
+    tokens = (token for latent in latents for context in latent.contexts for token in context)
     facts = {
         "base": f"{models['base']} at {hooks['base']}",
         "tuned": f"{models['tuned']} at {hooks['tuned']}",
@@ -161,7 +154,8 @@ def _rows(patching: dict[str, Any] | None) -> list[ClosedRow]:
 
 def _example(row: dict[str, Any]) -> ExampleLatent:
     logits = row["logits"]
-    return example_of(row | {"explanation": None, "logits": None if isinstance(logits, str) else logits})
+    example = example_of(row | {"explanation": None, "logits": None if isinstance(logits, str) else logits})
+    return example._replace(words=_figures(row))
 
 
 def _figures(row: dict[str, Any]) -> str:
@@ -204,7 +198,7 @@ def _bars(ax: Axes, counts: list[int] | None, ends: tuple[float, float], label: 
         # Plain numbers: the few exclusive latents must be seen beside hundreds of shared ones.
         ax.set_yticks([tick for tick in (0, 1, 10, 100, 1000, 10_000, 100_000) if tick <= max(counts) * 2])
         ax.set_yticklabels([f"{tick:,}" for tick in ax.get_yticks().astype(int)])
-    ax.set(xlabel=label, ylabel="latents", xlim=ends)
+    ax.set(xlabel=label, ylabel="latents", xlim=ends, xticks=np.linspace(*ends, 5))
     filled = [(edge, count) for edge, count in zip(edges, counts, strict=False) if count]
     return f"Histogram of the {label}: " + ", ".join(f"{count} from {edge:.3g}" for edge, count in filled) + "."
 
