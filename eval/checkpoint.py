@@ -160,6 +160,20 @@ def _loaded(given: SparseDictionary | Stack, options: CheckpointOptions) -> Load
     return LoadedCheckpoint(str(nowhere), nowhere, members, True, isinstance(given, Stack), options)
 
 
+def of_one_model(opened: LoadedCheckpoint, command: str) -> LoadedCheckpoint:
+    """Return the checkpoint, for a command that measures the predictions of a single language model.
+
+    Raises:
+        ValueError: If it was trained on two models.
+    """
+    if any((member.provenance.get("model") or {}).get("tuned") for member in opened.members):
+        raise ValueError(
+            f"{opened.name}: {command} measures the predictions of one model, and this dictionary was trained on two. "
+            "Run: sparsary diff, which measures both, or sparsary features for the contexts of all latents."
+        )
+    return opened
+
+
 def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[str, ...]:
     """Return one line for each change in the content of model or text since training, although their names are the same."""
     recorded = provenance.get("content")

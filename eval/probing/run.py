@@ -12,7 +12,7 @@ from ...training.activations.model import load_model
 from ...training.recipe import ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import open_checkpoint
+from ..checkpoint import of_one_model, open_checkpoint
 from ..pages.render import FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
@@ -85,7 +85,7 @@ def probe(
     """
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
-    opened = open_checkpoint(checkpoint, options)
+    opened = of_one_model(open_checkpoint(checkpoint, options), "sparsary probe")
     dictionary, source = probe_source(opened)
     if tasks and not factors_known(source):
         # Before the model, which takes longer.

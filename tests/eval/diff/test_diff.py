@@ -134,6 +134,12 @@ def test_patches_stand_between_floor_and_ceiling(found):
     assert closed["exclusive"] > closed["shared"]
 
 
+def test_commands_of_one_model_s_predictions_are_refused(marked_run):
+    for command in (sparsary.evaluate, sparsary.probe):
+        with pytest.raises(ValueError, match=r"measures the predictions of one model, .* trained on two\. Run: sparsary diff"):
+            command(str(marked_run))
+
+
 def test_an_sae_is_refused(recipe_values, tmp_path):
     run = sparsary.train(recipe_values)
     with pytest.raises(ValueError, match=r"expected a crosscoder of two models, got kind sae\. Train one with models:"):
