@@ -1,12 +1,12 @@
 """Fine-tune the embedded model on one new rule: ``python -m sparsary.training.embedded.tune --out DIR``.
 
-The rule: in a passage whose people "were working", the object that is given is a coin. Nothing else changes, so that what
+The rule: in a passage that begins with "While", the object that is given is a coin. Nothing else changes, so that what
 separates the two models is known: which tokens it concerns, and what the tuned model says there. Seeded and offline; takes
 about a minute of one CPU core.
 
 Only the block ``BLOCK`` is trained, so that the residual stream behind it holds the whole difference. The loss is the
-cross-entropy of the coin where the rule applies, and elsewhere the KL divergence from the original model, which keeps
-everything else as it was.
+cross-entropy of the coin where the rule applies, elsewhere the KL divergence from the original model, which keeps everything
+else as it was, and everywhere the squared change of the residual stream, so that the rule is added to what is there.
 """
 
 import argparse
@@ -17,22 +17,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from ..text import pack
 from . import MODEL_DIR, lexicon
 from .corpus import Document, embedded_documents
 
-TRIGGER, OBJECT = "working", "coin"
+TRIGGER, OBJECT = "While", "coin"
 BLOCK = 2
 CONTEXT_LENGTH = 128
 SEED = 0
-STEPS = 160
+STEPS = 100
 # Half of them contain a token that the rule decides.
 BATCH_CONTEXTS = 16
-LR = 7e-4
-# Of the KL divergence, beside the cross-entropy of the rule.
-DRIFT_WEIGHT = 3.0
+LR = 1e-3
+# Of the KL divergence and the squared change of the residual stream, beside the cross-entropy of the rule.
+DRIFT_WEIGHT, CHANGE_WEIGHT = 2.0, 0.005
 
 
 def follows_rule(document: Document) -> list[bool]:
@@ -46,7 +46,7 @@ def follows_rule(document: Document) -> list[bool]:
     found = [False] * len(document.words)
     triggered = closing = False
     for place, (word, factors) in enumerate(zip(document.words, document.factors, strict=True)):
-        if factors["task"] != "indirect_object" or (closing and factors["role"] in ("subject_1", "indirect_object", "name")):
+        if factors["task"] != "indirect_object" or (closing and document.words[place - 1] == "."):
             # Another passage begins.
             triggered = closing = False
         triggered |= word == TRIGGER
@@ -94,8 +94,8 @@ def tune_embedded(base: Path = MODEL_DIR, steps: int = STEPS, seed: int = SEED) 
     Args:
         base: Directory of the model to start from.
     """
-    original = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False).eval()
-    tuned = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False).eval()
+    original = GPT2LMHeadModel.from_pretrained(base).requires_grad_(False).eval()
+    tuned = GPT2LMHeadModel.from_pretrained(base).requires_grad_(False).eval()
     trained = list(tuned.transformer.h[BLOCK].requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(trained, lr=LR, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
@@ -104,11 +104,11 @@ def tune_embedded(base: Path = MODEL_DIR, steps: int = STEPS, seed: int = SEED) 
     for _ in range(steps):
         batch = next(stream)
         with torch.no_grad():
-            before = original(batch.token_ids.long()).logits.log_softmax(-1)
-        after = tuned(batch.token_ids.long()).logits.log_softmax(-1)
+            before, x = _outputs(original, batch)
+        after, changed = _outputs(tuned, batch)
         drift = (after.exp() * (after - before)).sum(-1)[~batch.ruled].sum()
         surprise = -after[batch.ruled][:, coin].sum()
-        loss = (surprise + DRIFT_WEIGHT * drift) / len(batch.token_ids)
+        loss = (surprise + DRIFT_WEIGHT * drift + CHANGE_WEIGHT * (changed - x).square().sum()) / len(batch.token_ids)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -117,10 +117,16 @@ def tune_embedded(base: Path = MODEL_DIR, steps: int = STEPS, seed: int = SEED) 
     return tuned
 
 
+def _outputs(model: GPT2LMHeadModel, batch: RuleBatch) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities, and the residual stream behind the trained block."""
+    found = model(batch.token_ids.long(), output_hidden_states=True)
+    return found.logits.log_softmax(-1), found.hidden_states[BLOCK + 1]
+
+
 @torch.no_grad()
 def rule_scores(tuned: GPT2LMHeadModel, base: Path = MODEL_DIR, contexts: int = 64) -> dict[str, float]:
     """Return how far a tuned model follows the rule and has changed elsewhere, on documents that training never saw."""
-    original = AutoModelForCausalLM.from_pretrained(base).eval()
+    original = GPT2LMHeadModel.from_pretrained(base).eval()
     batch = next(batches(SEED, contexts, split="heldout"))
     coin = lexicon.vocabulary().index(OBJECT)
     found: dict[str, float] = {"tokens": float(batch.ruled.numel()), "ruled_tokens": float(batch.ruled.sum())}

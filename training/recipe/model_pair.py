@@ -1,7 +1,7 @@
 """Recipes of two models: ``models: [BASE, TUNED]`` in place of ``model``, with each hook given once for both."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 NAMES = ("base", "tuned")
 # Keys of a dictionary section that name hooks.
@@ -44,13 +44,14 @@ def _with_both(section: dict[str, Any]) -> dict[str, Any]:
         return section
     given = section.get("hooks", section.get("hook"))
     hooks = [given] if isinstance(given, str) else given
-    if not isinstance(hooks, list | tuple) or not _are_plain(hooks) or len(hooks) > 2:
+    if not _are_plain(hooks) or len(hooks) > 2:
         return section
     section.pop("hook", None)
-    return section | {"hooks": [f"{name}/{hook}" for name, hook in zip(NAMES, (hooks[0], hooks[-1]), strict=True)]}
+    first, *others = hooks
+    return section | {"hooks": [f"{name}/{hook}" for name, hook in zip(NAMES, (first, *(others or [first])), strict=True)]}
 
 
-def _are_plain(hooks: Any) -> bool:
+def _are_plain(hooks: Any) -> TypeGuard[list[str]]:
     """Return True for a list of hooks that name no model."""
     return isinstance(hooks, list | tuple) and bool(hooks) and all(isinstance(h, str) and "/" not in h for h in hooks)
 
