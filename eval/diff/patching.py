@@ -9,8 +9,8 @@ tokens.
 - ``activation``: the tuned model's activation in place of the base's: the most that any change at this hook can do;
 - ``reconstruction_difference``: the differences of all latents, with the biases;
 - ``mean_difference``: the mean activation difference, added everywhere;
-- ``pca``: the difference projected onto as many principal directions of differences as there are exclusive latents;
-- ``random``: as many latents as are exclusive, drawn from the others that fire.
+- ``pca``: the difference projected onto as many principal directions of differences as there are changed latents;
+- ``random``: as many latents as are changed (exclusive or rotated), drawn from the others that fire.
 """
 
 from collections.abc import Callable, Iterable, Mapping

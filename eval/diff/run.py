@@ -26,7 +26,7 @@ from ..heldout import EvalData, Halves, eval_data, wanted_tokens
 from ..pages.render import render_file
 from ..result import Report
 from .differences import Differences, promoted_tokens
-from .kinds import BASE_ONLY, DEAD, KINDS, SHARED, TUNED_ONLY, decoder_cosines, histogram, kinds_of, of_kinds
+from .kinds import BASE_ONLY, CHANGED, DEAD, EXCLUSIVE, KINDS, decoder_cosines, histogram, kinds_of, of_kinds
 from .patching import (
     Change,
     activation_change,
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 DIFF_FILE, DIFF_VERSION = "diff.json", 1
 CONTEXTS = 8
-# Exclusive latents are described with contexts; the others only counted.
+# Changed latents are described with contexts; the others only counted.
 DESCRIBED = 200
 PRINCIPAL_SHOWN = 5
 DIFFERENT_WIDTHS = "the two models differ in width at their hooks"
@@ -154,7 +154,8 @@ def diff_entries(pair: DiffedPair, tokens: int, seed: int = 0) -> dict[str, Any]
     halves = data.halves(tokens)
     found = _first_pass(pair, halves.fit_tokens)
     relative = crosscoder.relative_norms()[:, 1].cpu()
-    kinds = kinds_of(relative, torch.from_numpy(found.collected.firings))
+    cosines = decoder_cosines(crosscoder.decoder(0), crosscoder.decoder(1)).cpu() if pair.equal_widths else None
+    kinds = kinds_of(relative, torch.from_numpy(found.collected.firings), cosines)
     alive = torch.from_numpy(found.collected.firings > 0)
     words = token_texts(data.model.tokenizer, len(data.model.tokenizer))
     member = pair.opened.members[0]
@@ -181,14 +182,13 @@ def diff_entries(pair: DiffedPair, tokens: int, seed: int = 0) -> dict[str, Any]
     }
     if found.differences is None:
         reasons |= dict.fromkeys(("cosines", "latent_scaling", "mean_difference", "principal"), DIFFERENT_WIDTHS)
-        entries |= dict.fromkeys(("cosines", "shared_cosine_median", "mean_difference", "principal"))
+        entries |= dict.fromkeys(("cosines", "cosine_median", "mean_difference", "principal"))
     else:
-        entries |= _of_equal_widths(pair, found.differences, of_kinds(kinds, SHARED), words)
+        assert cosines is not None
+        entries |= _of_equal_widths(pair, found.differences, cosines[alive & ~of_kinds(kinds, *EXCLUSIVE)], words)
     if found.ratios is not None:
-        entries["true_exclusive"] = {
-            kind: int((found.ratios.true & of_kinds(kinds, kind)).sum()) for kind in (BASE_ONLY, TUNED_ONLY)
-        }
-    entries["latents"] = _latents(pair, found, kinds, relative, words)
+        entries["true_exclusive"] = {kind: int((found.ratios.true & of_kinds(kinds, kind)).sum()) for kind in EXCLUSIVE}
+    entries["latents"] = _latents(pair, found, kinds, relative, cosines, words)
     entries["patching"] = _patching(pair, found, kinds, halves, seed, reasons)
     return entries | {"reasons": reasons}
 
@@ -237,9 +237,8 @@ def _activations(pair: DiffedPair, tokens: int) -> Iterator[tuple[Any, tuple[Ten
             return
 
 
-def _of_equal_widths(pair: DiffedPair, differences: Differences, shared: Tensor, words: list[str]) -> dict[str, Any]:
+def _of_equal_widths(pair: DiffedPair, differences: Differences, cosines: Tensor, words: list[str]) -> dict[str, Any]:
     """Return the entries that compare vectors of the two models: cosines of decoder rows, mean and principal differences."""
-    cosines = decoder_cosines(pair.crosscoder.decoder(0), pair.crosscoder.decoder(1)).cpu()[shared]
     variances, directions = differences.principal()
     shown = torch.cat([differences.mean[None], directions[:PRINCIPAL_SHOWN]])
     lens = promoted_tokens(pair.models[1], shown, words)
@@ -248,7 +247,7 @@ def _of_equal_widths(pair: DiffedPair, differences: Differences, shared: Tensor,
     return {
         # From -1 to 1, as shares of that range.
         "cosines": histogram((cosines + 1) / 2),
-        "shared_cosine_median": number(cosines.median()) if len(cosines) else None,
+        "cosine_median": number(cosines.median()) if len(cosines) else None,
         "mean_difference": {"norm": number(differences.mean.norm()), "logits": lenses[0]},
         "principal": [
             {"share": number(float(value) / total) if total else None, "logits": logits}
@@ -257,13 +256,18 @@ def _of_equal_widths(pair: DiffedPair, differences: Differences, shared: Tensor,
     }
 
 
-def _latents(pair: DiffedPair, found: PassResult, kinds: list[str], relative: Tensor, words: list[str]) -> list[dict[str, Any]]:
-    """Return the exclusive latents, the most active first, with ratios, contexts and the logit lens of their own model."""
+def _latents(
+    pair: DiffedPair, found: PassResult, kinds: list[str], relative: Tensor, cosines: Tensor | None, words: list[str]
+) -> list[dict[str, Any]]:
+    """Return the exclusive and rotated latents, the most active first, with ratios, contexts and the logit lens of a model.
+
+    The model is the base for latents of the base alone, else the tuned one.
+    """
     collected, crosscoder = found.collected, pair.crosscoder
-    chosen = [latent for latent, kind in enumerate(kinds) if kind in (BASE_ONLY, TUNED_ONLY)]
+    chosen = [latent for latent, kind in enumerate(kinds) if kind in CHANGED]
     chosen.sort(key=lambda latent: (-collected.sums[latent], latent))
     if len(chosen) > DESCRIBED:
-        log.warning("%s: %d exclusive latents; the %d most active are described.", pair.opened.name, len(chosen), DESCRIBED)
+        log.warning("%s: %d changed latents; the %d most active are described.", pair.opened.name, len(chosen), DESCRIBED)
     seed = pair.data.text.seed if pair.data.text.source == "embedded" else None
     described = describe_latents(collected, crosscoder.W_dec, words, UNMEASURED_LENS, seed) if chosen else None
     rows = []
@@ -276,8 +280,9 @@ def _latents(pair: DiffedPair, found: PassResult, kinds: list[str], relative: Te
         rows.append(
             {name: record[name] for name in names}
             | {"kind": kinds[latent], "relative_norm": number(relative[latent])}
+            | {"cosine": None if cosines is None else number(cosines[latent])}
             | {"logits": lens if isinstance(lens, str) else lens[0]}
-            | _ratios_of(found.ratios, latent)
+            | _ratios_of(found.ratios if kinds[latent] in EXCLUSIVE else None, latent)
         )
     return rows
 
@@ -299,23 +304,24 @@ def _patching(
     # Fixes where the second half begins.
     for _ in halves.fit():
         pass
-    exclusive, alive = of_kinds(kinds, BASE_ONLY, TUNED_ONLY), ~of_kinds(kinds, DEAD)
-    count = int(exclusive.sum())
+    alive, changed = ~of_kinds(kinds, DEAD), of_kinds(kinds, *CHANGED)
+    count = int(changed.sum())
     changes: dict[str, Change] = {
         "activation": activation_change,
         "reconstruction_difference": latent_change(pair.crosscoder, alive, biases=True),
         "all": latent_change(pair.crosscoder, alive),
-        "exclusive": latent_change(pair.crosscoder, exclusive),
-        "shared": latent_change(pair.crosscoder, alive & ~exclusive),
+        "exclusive": latent_change(pair.crosscoder, of_kinds(kinds, *EXCLUSIVE)),
+        "changed": latent_change(pair.crosscoder, changed),
+        "unchanged": latent_change(pair.crosscoder, alive & ~changed),
         "mean_difference": constant_change(found.differences.mean.to(pair.crosscoder.W_dec)),
     }
     if count:
-        others = torch.nonzero(alive & ~exclusive).flatten()
+        others = torch.nonzero(alive & ~changed).flatten()
         drawn = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:count]]
-        mask = torch.zeros_like(exclusive)
+        mask = torch.zeros_like(changed)
         mask[drawn] = True
         directions = found.differences.principal()[1][:count].to(pair.crosscoder.W_dec)
         changes["random"] = latent_change(pair.crosscoder, mask)
         changes["pca"] = projected_change(directions, found.differences.mean.to(directions))
     closed = kl_closed(pair.crosscoder, pair.models, pair.hooks, halves.score(), changes)
-    return {"exclusive_latents": count, "drawn_latents": min(count, int((alive & ~exclusive).sum()))} | closed
+    return {"changed_latents": count, "drawn_latents": min(count, int((alive & ~changed).sum()))} | closed

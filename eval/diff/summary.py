@@ -34,11 +34,12 @@ def diff_tables(found: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]
             str(row["latent"]),
             row["kind"].replace("_", " "),
             f"{row['relative_norm']:.3f}",
+            "-" if row["cosine"] is None else f"{row['cosine']:.2f}",
             *("-" if row[name] is None else f"{row[name]:.2f}" for name in ("nu_error", "nu_reconstruction")),
             " ".join(entry["token"] for entry in row["top_tokens"][:5]),
         ]
         for row in found["latents"][:10]
     ]
     if rows:
-        tables.append((["latent", "kind", "relative norm", "nu error", "nu recon.", "tokens"], rows))
+        tables.append((["latent", "kind", "norm", "cosine", "nu error", "nu recon.", "tokens"], rows))
     return tables

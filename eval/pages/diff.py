@@ -18,14 +18,16 @@ CHANGES = {
     "reconstruction_difference": ("all latents and biases", "the difference of the two reconstructions"),
     "all": ("all latents", "what all latents write in the tuned model minus what they write in the base"),
     "exclusive": ("exclusive latents", "the latents of one model alone"),
-    "shared": ("other latents", "all latents that are not exclusive"),
+    "changed": ("changed latents", "exclusive latents, and those whose decoder rows differ in direction"),
+    "unchanged": ("other latents", "all latents that are neither"),
     "mean_difference": ("mean difference", "floor: the mean activation difference, added everywhere"),
-    "pca": ("principal directions", "floor: the difference, projected onto as many principal directions as exclusive latents"),
+    "pca": ("principal directions", "floor: the difference, projected onto as many principal directions as changed latents"),
     "random": ("random latents", "floor: as many of the other latents, drawn at random"),
 }
 KIND_WORDS = {
     "base_only": "base only",
     "shared": "shared",
+    "rotated": "rotated",
     "tuned_only": "tuned only",
     "uneven": "uneven",
     "dead": "dead",
@@ -76,7 +78,7 @@ def render_diff(found: dict[str, Any]) -> str:
                 SIZE,
             ),
             plot_card(
-                "Cosines of shared latents",
+                "Cosines of latents in both models",
                 "Between a latent's decoder rows in the two models. 1: the same direction.",
                 lambda ax: _bars(ax, found["cosines"], (-1.0, 1.0), "cosine"),
                 SIZE,
@@ -100,19 +102,19 @@ def render_diff(found: dict[str, Any]) -> str:
 
 def _tiles(found: dict[str, Any]) -> list[FigureTile]:
     counts, patching, true = found["counts"], found["patching"] or {}, found.get("true_exclusive", {})
-    closed = (patching.get("closed") or {}).get("exclusive")
+    closed = (patching.get("closed") or {}).get("changed")
     share = None if closed is None else closed["share"]
     notes = {kind: f"{true[kind]:,} confirmed by latent scaling" for kind in true}
     return [
         FigureTile("tuned_only", "tuned only", show(counts["tuned_only"]), notes.get("tuned_only", "")),
         FigureTile("base_only", "base only", show(counts["base_only"]), notes.get("base_only", "")),
-        FigureTile("shared", "shared", show(counts["shared"]), _cosine_note(found)),
-        FigureTile("uneven", "uneven", show(counts["uneven"]), f"in both, unequally; {show(counts['dead'])} silent"),
+        FigureTile("rotated", "rotated", show(counts["rotated"]), "in both, in other directions"),
+        FigureTile("shared", "shared", show(counts["shared"]), _shared_note(found)),
         FigureTile(
             "kl_closed",
             "KL closed",
             show(share, UNDEFINED, 3),
-            "by exclusive latents alone",
+            "by changed latents alone",
             missing=share is None,
             interval="" if closed is None else _interval(closed),
         ),
@@ -128,9 +130,10 @@ def _tiles(found: dict[str, Any]) -> list[FigureTile]:
     ]
 
 
-def _cosine_note(found: dict[str, Any]) -> str:
-    median = found["shared_cosine_median"]
-    return "" if median is None else f"median cosine {show(median, digits=3)}"
+def _shared_note(found: dict[str, Any]) -> str:
+    counts, median = found["counts"], found["cosine_median"]
+    cosine = "" if median is None else f"median cosine {show(median, digits=3)}; "
+    return f"{cosine}{show(counts['uneven'])} uneven, {show(counts['dead'])} silent"
 
 
 def _interval(entry: dict[str, Any]) -> str:
@@ -160,6 +163,7 @@ def _example(row: dict[str, Any]) -> ExampleLatent:
 
 def _figures(row: dict[str, Any]) -> str:
     words = [KIND_WORDS[row["kind"]], f"relative norm {show(row['relative_norm'], digits=3)}"]
+    words += [] if row["cosine"] is None else [f"cosine {show(row['cosine'], digits=2)}"]
     if row["nu_error"] is not None and row["nu_reconstruction"] is not None:
         ratios = f"nu error {show(row['nu_error'], digits=2)}, nu reconstruction {show(row['nu_reconstruction'], digits=2)}"
         words += [ratios, "true" if row["true"] else "also present in the other model"]
@@ -208,7 +212,7 @@ def _closed(ax: Axes, patching: dict[str, Any] | None) -> str | None:
     if not rows:
         return None
     for place, (name, entry) in enumerate(reversed(rows)):
-        ax.barh(place, entry["share"], color=ACCENT if name == "exclusive" else SOFT, edgecolor=MUTED, linewidth=0.6)
+        ax.barh(place, entry["share"], color=ACCENT if name == "changed" else SOFT, edgecolor=MUTED, linewidth=0.6)
         if entry["low"] is not None and entry["high"] is not None:
             ax.plot([entry["low"], entry["high"]], [place, place], color=MUTED, linewidth=1.4)
     ax.axvline(0, color=MUTED, linewidth=0.8)

@@ -12,12 +12,12 @@ import sparsary
 from sparsary.eval.diff.run import diff
 from sparsary.eval.diff.summary import diff_summary, diff_tables
 from sparsary.sae.files import read_json
-from sparsary.training.activations.shards import ActivationStore, ColumnReader, RowReader
+from sparsary.training.activations.shards import ActivationStore, ColumnReader
 from sparsary.training.embedded import MODEL_DIR
 
-HOOK = "transformer.h.0:out"
-# Every seventh token, whatever it is: no concept of the base.
-CLASS = range(40, 1157, 7)
+HOOK = "transformer.h.2:out"
+# A neuron of block 2 that fires on 4% of the tokens and is rarely weakly active.
+NEURON, FIRES = 194, 0.5
 
 
 def recipe(folder, tuned, **changes):
@@ -40,14 +40,19 @@ def recipe(folder, tuned, **changes):
 
 
 @pytest.fixture(scope="module")
-def marked(tmp_path_factory):
-    """A copy of the embedded model whose embeddings of every seventh token have one vector added."""
+def direction():
+    """What the neuron writes in the tuned model, for an activation of 1."""
+    torch.manual_seed(0)
+    return 3 * torch.nn.functional.normalize(torch.randn(128), dim=0)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory, direction):
+    """A copy of the embedded model, one neuron of which also writes a vector that no part of the base writes."""
     folder = tmp_path_factory.mktemp("marked") / "model"
     shutil.copytree(MODEL_DIR, folder)
     weights = load_file(folder / "model.safetensors")
-    torch.manual_seed(0)
-    vector = torch.randn(128)
-    weights["transformer.wte.weight"][list(CLASS)] += 3 * vector / vector.norm()
+    weights["transformer.h.2.mlp.c_proj.weight"][NEURON] += direction
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -79,32 +84,30 @@ def test_a_model_against_itself_has_no_exclusive_latents(own_run):
     assert "predict the same" in found.html
 
 
-def test_the_latent_of_what_was_added_is_found(found, marked_run):
+def test_the_latent_of_what_was_added_is_found(found, direction, marked_run):
     assert found["counts"]["tuned_only"] >= 1
     leading = found["latents"][0]
     assert leading["kind"] == "tuned_only"
     assert leading["true"]
-    words = {sparsary.LanguageModel.from_pretrained("embedded", device="cpu").tokenizer.decode([token]) for token in CLASS}
-    peaks = {context["tokens"][context["peak"]] for context in leading["top"]}
-    assert peaks
-    assert peaks <= words
-
-
-def test_exclusive_latents_are_those_that_fire_on_the_added_class(found, marked_run):
     crosscoder = sparsary.load(marked_run)
-    store = marked_run.parent / "store"
-    opened = ActivationStore.open(store)
-    rows = np.arange(opened.tokens("heldout"))
-    x = ColumnReader(opened, "heldout", [f"x:base/{HOOK}", f"x:tuned/{HOOK}"]).gather(rows)
-    tokens = RowReader(opened, "heldout", "token").gather(rows)
-    wanted = torch.isin(tokens, torch.tensor(list(CLASS), dtype=tokens.dtype))
+    written = crosscoder.decoder(1)[leading["latent"]]
+    assert float(torch.nn.functional.cosine_similarity(written, direction, dim=0)) > 0.95
+
+
+def test_exclusive_latents_fire_where_the_neuron_does(found, marked_run, direction):
+    crosscoder = sparsary.load(marked_run)
+    store = ActivationStore.open(marked_run.parent / "store")
+    rows = np.arange(store.tokens("heldout"))
+    x = ColumnReader(store, "heldout", [f"x:base/{HOOK}", f"x:tuned/{HOOK}"]).gather(rows)
+    base, tuned = crosscoder.split(x)
+    wanted = (tuned - base) @ direction / direction.square().sum() > FIRES
+    assert 0.01 < float(wanted.float().mean()) < 0.1
     fires = crosscoder.encode(x).to_dense(crosscoder.n_latents) > 0
-    scores = {}
+    scores = []
     for row in found["latents"]:
         fired = fires[:, row["latent"]]
-        both = float((fired & wanted).sum())
-        scores[row["latent"]] = 2 * both / float(fired.sum() + wanted.sum())
-    assert max(scores.values()) >= 0.9
+        scores.append(2 * float((fired & wanted).sum()) / float(fired.sum() + wanted.sum()))
+    assert max(scores) >= 0.9
 
 
 def test_the_result_is_written_and_rendered_again(found, marked_run):
@@ -130,6 +133,7 @@ def test_figures_of_the_terminal(found):
 def test_patches_stand_between_floor_and_ceiling(found):
     closed = {name: each["share"] for name, each in found["patching"]["closed"].items()}
     assert closed["activation"] == max(closed.values())
+    assert closed["exclusive"] > 0.5
     assert closed["exclusive"] > closed["random"]
     assert closed["exclusive"] > closed["shared"]
 
@@ -153,7 +157,7 @@ def test_a_crosscoder_of_one_model_s_layers_is_refused(tmp_path):
         "hooks": [HOOK, "transformer.h.1:out"]
     }
     run = sparsary.train(values)
-    with pytest.raises(ValueError, match=r"one hook of each, got one of transformer\.h\.0:out, transformer\.h\.1:out"):
+    with pytest.raises(ValueError, match=r"one hook of each, got one of transformer\.h\.2:out, transformer\.h\.1:out"):
         diff(str(run))
 
 

@@ -28,6 +28,9 @@ def test_kinds_at_their_bounds():
     relative = torch.tensor([0.0, 0.1, 0.11, 0.4, 0.6, 0.61, 0.9, 1.0], dtype=torch.float64)
     kinds = kinds_of(relative, torch.ones(8, dtype=torch.long))
     assert kinds == ["base_only", "base_only", "uneven", "shared", "shared", "uneven", "tuned_only", "tuned_only"]
+    cosines = torch.tensor([0.0, 0.5, 0.79, 0.81, -1.0, 0.9, 0.0, 0.0])
+    turned = kinds_of(relative, torch.ones(8, dtype=torch.long), cosines)
+    assert turned == ["base_only", "base_only", "rotated", "shared", "rotated", "uneven", "tuned_only", "tuned_only"]
     assert of_kinds(kinds, "shared").tolist() == [False, False, False, True, True, False, False, False]
     assert decoder_cosines(torch.eye(2), -torch.eye(2)).tolist() == [-1.0, -1.0]
     assert histogram(torch.tensor([0.0, 1.0]))[:: len(histogram(relative)) - 1] == [1, 1]

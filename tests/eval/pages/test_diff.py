@@ -26,6 +26,7 @@ LATENT = {
     "details": {},
     "kind": "tuned_only",
     "relative_norm": 0.9832,
+    "cosine": 0.25,
     "logits": LOGITS,
     "nu_error": 0.0123,
     "nu_reconstruction": 0.0456,
@@ -33,7 +34,7 @@ LATENT = {
 }
 CLOSED = {
     name: {"share": share, "kl": 0.01 * (1 - share), "low": share - 0.05, "high": share + 0.05}
-    for name, share in zip(CHANGES, (0.99, 0.9, 0.89, 0.84321, 0.05, -0.2, 0.86, 0.01), strict=True)
+    for name, share in zip(CHANGES, (0.99, 0.9, 0.89, 0.5, 0.84321, 0.05, -0.2, 0.86, 0.01), strict=True)
 }
 FOUND = {
     "diff_version": 1,
@@ -51,16 +52,16 @@ FOUND = {
     "git_commit": None,
     "fvu": {"base": 0.0312, "tuned": 0.0345},
     "l0": 16.04,
-    "counts": {"base_only": 0, "shared": 480, "tuned_only": 1, "uneven": 9, "dead": 22},
+    "counts": {"base_only": 0, "shared": 480, "rotated": 3, "tuned_only": 1, "uneven": 6, "dead": 22},
     "true_exclusive": {"base_only": 0, "tuned_only": 1},
     "relative_norms": [0] * 18 + [3, 240, 240, 4] + [0] * 17 + [1],
     "cosines": [0] * 38 + [20, 460],
-    "shared_cosine_median": 0.9991,
+    "cosine_median": 0.9991,
     "mean_difference": {"norm": 0.021, "logits": LOGITS},
     "principal": [{"share": 0.62, "logits": LOGITS}],
     "latents": [LATENT],
     "patching": {
-        "exclusive_latents": 1,
+        "changed_latents": 4,
         "drawn_latents": 1,
         "tokens": 30_100,
         "documents": 322,
@@ -103,7 +104,7 @@ def test_every_change_has_a_row_and_an_interval(values):
 
 
 def test_models_of_two_widths_have_a_page_that_says_what_is_missing(values):
-    values |= dict.fromkeys(("cosines", "shared_cosine_median", "mean_difference", "principal", "patching"))
+    values |= dict.fromkeys(("cosines", "cosine_median", "mean_difference", "principal", "patching"))
     values["latents"][0] |= {"nu_error": None, "nu_reconstruction": None, "true": None}
     del values["true_exclusive"]
     values["reasons"] = {"patching": "the two models differ in width at their hooks"}
@@ -118,7 +119,7 @@ def test_equal_models_have_nothing_to_close(values):
     values["latents"] = []
     html = render_diff(values)
     assert "predict the same" in html
-    assert "every latent that fires writes to both models" in html
+    assert "every latent that fires writes the same to both models" in html
 
 
 def test_the_page_s_command_and_place(values, tmp_path):
