@@ -236,19 +236,20 @@ def dictionary_arguments(recipe: Recipe, widths: Mapping[str, int]) -> dict[str,
     """Return the arguments of ``build_dictionary`` for a recipe with named hooks, given the width of every hook.
 
     Raises:
-        ValueError: If the layers of a cross-layer transcoder differ in width.
+        ValueError: If the layers of a cross-layer dictionary differ in width.
     """
     section = recipe.dictionary
     reads, writes = ([widths[hook] for hook in hooks] for hooks in (section.hooks_in, section.hooks_out))
     for key, sizes in (("hook_in", reads), ("hook_out", writes)):
-        if len(set(sizes)) > 1 and section.two_sided:
+        if len(set(sizes)) > 1 and section.built_kind == "cross_layer_transcoder":
+            key = "hooks" if section.causal else key
             raise ValueError(f"dictionary.{key}: expected one width at all layers, got {', '.join(map(str, sizes))}.")
     n_latents, spec = section.known_n_latents, section.known_encoder
     # A budget that is the start's l0 on the initial sample is not known yet.
     spec = spec if section.start is None else with_budget(spec)
-    arguments = {"kind": section.kind, "d_in": sum(reads), "encoder": spec}
+    arguments = {"kind": section.built_kind, "d_in": sum(reads), "encoder": spec}
     arguments |= {} if section.row_norm is None else {"row_norm": section.row_norm}
-    match section.kind:
+    match section.built_kind:
         case "sae":
             return arguments | {"n_latents": n_latents}
         case "crosscoder":

@@ -108,6 +108,7 @@ class TrainingPlan:
             widths = [self.widths[hook] for hook in section.hooks_in]
             each = f"{d_in} each" if len(set(widths)) == 1 else " + ".join(map(str, widths))
             sizes = f"crosscoder of {len(widths)} sites, {each} -> {section.n_latents}"
+            sizes += " for each, which write to it and later ones" if section.causal else ""
         return f"{sizes}, {_words(section.known_encoder)}, {self.parameters:,} parameters"
 
     def training_words(self, recipe: Recipe) -> str:

@@ -41,7 +41,8 @@ class Crosscoder(OneBlockDictionary):
     - ``decoder(s) (n_latents, d_s)``, ``reader(s) (n_latents, d_s)``, ``bias(s) (d_s,)``: decoder rows, encoder rows, and bias
       of one site, in raw units: ``x_hat^s = z @ decoder(s) + bias(s)``, with ``z`` from ``encode``;
     - ``decoder_norms() (n_latents, sites)``: norms of decoder rows at each site, in normalized units, so that sites compare;
-    - ``relative_norms() (n_latents, sites)``: the same, divided by their sum over sites. For ``[base, tuned]``, column 1 is
+    - ``relative_norms() (n_latents, sites)``: the same per square root of a site's width, divided by their sum over sites. For
+      ``[base, tuned]``, column 1 is
       ``|d_tuned| / (|d_base| + |d_tuned|)``: 0 for latents of the base model alone, 1 for those of the tuned one.
 
     >>> import torch
@@ -131,8 +132,11 @@ class Crosscoder(OneBlockDictionary):
         return torch.stack([part.norm(dim=-1) for part in self.split(self.W_dec)], dim=-1)
 
     def relative_norms(self) -> Float[Tensor, "n_latents sites"]:
-        """Return every latent's decoder norms divided by their sum over sites; equal shares where all are 0."""
-        norms = self.decoder_norms()
+        """Return every latent's decoder norms divided by their sum over sites; equal shares where all are 0.
+
+        Norms are root mean squares over a site's columns, so that a wide site counts no more than a narrow one.
+        """
+        norms = self.decoder_norms() / torch.tensor(self.widths, device=self.device).sqrt()
         total = norms.sum(-1, keepdim=True)
         return torch.where(total > 0, F.normalize(norms, p=1, dim=-1), torch.full_like(norms, 1 / len(self.widths)))
 

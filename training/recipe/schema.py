@@ -244,6 +244,11 @@ class DictionarySection(Section):
     layers: Layers = Field(default=None, description="cross_layer_transcoder, crosscoder: all, or a list; with site")
     site: str | None = Field(default=None, description="part of the layer: mlp (transcoders), mlp_out, attn_out, ...")
     skip: bool = Field(default=False, description="transcoder: add an affine skip path around the latents, zero at first")
+    causal: bool = Field(
+        default=False,
+        description="crosscoder: weakly causal: each latent reads one hook, and writes to it and later ones, so that the "
+        "model can run on the result; the checkpoint is a cross-layer dictionary of the same hooks",
+    )
     joint: bool = Field(
         default=False,
         description="cross_layer_transcoder: topk selects n_layers x k latents among those of all layers; relu and jumprelu "
@@ -254,8 +259,8 @@ class DictionarySection(Section):
     )
     n_latents: Positive | None = Field(
         default=None,
-        description="number of latents; cross_layer_transcoder: per layer. Required without start; null: those of the start. "
-        "More: new ones are added; fewer: the densest are kept",
+        description="number of latents; per layer in a cross_layer_transcoder or a causal crosscoder. Required without start; "
+        "null: those of the start. More: new ones are added; fewer: the densest are kept",
     )
     encoder: dict[str, Any] | None = Field(
         default=None,
@@ -299,6 +304,11 @@ class DictionarySection(Section):
         """True if the hooks are given directly, by module path."""
         sides = self.hook_in is not None and self.hook_out is not None
         return sides or self.hook is not None or self.hooks is not None
+
+    @property
+    def built_kind(self) -> str:
+        """Kind of the checkpoint: a causal crosscoder is a cross-layer dictionary that reads and writes the same hooks."""
+        return "cross_layer_transcoder" if self.causal else self.kind
 
     @property
     def two_sided(self) -> bool:

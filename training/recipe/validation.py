@@ -200,6 +200,7 @@ KINDS_WITH = {
     "layers": ("cross_layer_transcoder", "crosscoder"),
     "skip": ("transcoder",),
     "joint": ("cross_layer_transcoder",),
+    "causal": ("crosscoder",),
 }
 INSTEAD = {
     "sae": "Give hook, or layer and site",
@@ -216,7 +217,7 @@ def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
     given = {key for key in (*KINDS_WITH, "site") if not any(getattr(section, key) is unset for unset in (None, False))}
     problems = [
         f"dictionary.{key}: expected it with kind {' or '.join(kinds)} only, got it with kind {kind}."
-        + (f" {instead}." if key not in ("skip", "joint") else " Leave it out.")
+        + (f" {instead}." if key not in ("skip", "joint", "causal") else " Leave it out.")
         for key, kinds in KINDS_WITH.items()
         if key in given and kind not in kinds
     ]
@@ -295,13 +296,17 @@ def _check_crosscoder(recipe: Recipe) -> list[str]:
     return []
 
 
+def _words_of(recipe: Recipe) -> str:
+    return "a causal crosscoder" if recipe.dictionary.causal else "a cross_layer_transcoder"
+
+
 def _check_cross_layer(recipe: Recipe) -> list[str]:
     """Check the restrictions of cross-layer transcoders."""
     spec, problems = recipe.dictionary.encoder or {}, []
     name = spec.get("name")
     allowed = JOINT_ENCODERS if recipe.dictionary.joint else LAYER_ENCODERS
     if name in ENCODERS and name not in allowed:
-        where = "with joint" if recipe.dictionary.joint else "in a cross_layer_transcoder"
+        where = "with joint" if recipe.dictionary.joint else f"in {_words_of(recipe)}"
         problems.append(f"dictionary.encoder.name: expected {' or '.join(allowed)} {where}, got {name!r}.")
     # An omitted penalty has this default.
     if recipe.dictionary.joint and name == "jumprelu" and spec.get("penalty", "square") == "square":
@@ -309,12 +314,12 @@ def _check_cross_layer(recipe: Recipe) -> list[str]:
             "dictionary.encoder.penalty: expected l0 or tanh with joint, because square is about one layer's target."
         )
     if recipe.phases:
-        problems.append("phases: expected none with a cross_layer_transcoder, whose encoder stays one. Leave them out.")
+        problems.append(f"phases: expected none with {_words_of(recipe)}, whose encoder stays one. Leave them out.")
     if recipe.screen != "none":
-        problems.append(f"screen: expected none with a cross_layer_transcoder, got {recipe.screen!r}.")
+        problems.append(f"screen: expected none with {_words_of(recipe)}, got {recipe.screen!r}.")
     if recipe.objective != "reconstruction":
         problems.append(
-            f"objective: expected reconstruction with a cross_layer_transcoder, which writes to many layers, "
+            f"objective: expected reconstruction with {_words_of(recipe)}, which writes to many layers, "
             f"got {recipe.objective!r}."
         )
     return problems
@@ -331,9 +336,9 @@ def _check_training(recipe: Recipe) -> list[str]:
     for key, spec in specs:
         if not check_encoder(spec, key):
             problems += _check_variants(recipe, key, spec)
-    if recipe.dictionary.kind == "cross_layer_transcoder":
+    if recipe.dictionary.built_kind == "cross_layer_transcoder":
         problems += _check_cross_layer(recipe)
-    if recipe.dictionary.kind == "crosscoder":
+    if recipe.dictionary.built_kind == "crosscoder":
         problems += _check_crosscoder(recipe)
     # Names that cannot be looked up, such as lists, have been reported.
     specs = [(key, spec) for key, spec in specs if isinstance(spec.get("name"), str)]

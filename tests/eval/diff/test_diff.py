@@ -14,6 +14,8 @@ from sparsary.eval.diff.summary import diff_summary, diff_tables
 from sparsary.sae.files import read_json
 from sparsary.training.activations.shards import ActivationStore, ColumnReader
 from sparsary.training.embedded import MODEL_DIR
+from sparsary.training.embedded.corpus import embedded_documents
+from sparsary.training.recipe import ModelSection
 
 HOOK = "transformer.h.2:out"
 # A neuron of block 2 that fires on 4% of the tokens and is rarely weakly active.
@@ -76,7 +78,7 @@ def own_run(tmp_path_factory):
 
 def test_a_model_against_itself_has_no_exclusive_latents(own_run):
     found = diff(str(own_run), tokens=4000)
-    assert found["counts"]["tuned_only"] == found["counts"]["base_only"] == 0
+    assert found["counts"]["tuned_only"] == found["counts"]["base_only"] == found["counts"]["rotated"] == 0
     assert found["counts"]["shared"] > 20
     assert found["latents"] == []
     assert found["mean_difference"]["norm"] == 0
@@ -85,16 +87,16 @@ def test_a_model_against_itself_has_no_exclusive_latents(own_run):
 
 
 def test_the_latent_of_what_was_added_is_found(found, direction, marked_run):
-    assert found["counts"]["tuned_only"] >= 1
-    leading = found["latents"][0]
-    assert leading["kind"] == "tuned_only"
-    assert leading["true"]
+    """The base has a latent for where the neuron fires; what it writes there is turned by the vector."""
+    assert found["counts"]["rotated"] + found["counts"]["tuned_only"] >= 1
+    latent = found["latents"][0]["latent"]
     crosscoder = sparsary.load(marked_run)
-    written = crosscoder.decoder(1)[leading["latent"]]
-    assert float(torch.nn.functional.cosine_similarity(written, direction, dim=0)) > 0.95
+    added = crosscoder.decoder(1)[latent] - crosscoder.decoder(0)[latent]
+    assert float(torch.nn.functional.cosine_similarity(added, direction, dim=0)) > 0.9
+    assert found["latents"][0]["cosine"] < 0.8
 
 
-def test_exclusive_latents_fire_where_the_neuron_does(found, marked_run, direction):
+def test_changed_latents_fire_where_the_neuron_does(found, marked_run, direction):
     crosscoder = sparsary.load(marked_run)
     store = ActivationStore.open(marked_run.parent / "store")
     rows = np.arange(store.tokens("heldout"))
@@ -107,7 +109,7 @@ def test_exclusive_latents_fire_where_the_neuron_does(found, marked_run, directi
     for row in found["latents"]:
         fired = fires[:, row["latent"]]
         scores.append(2 * float((fired & wanted).sum()) / float(fired.sum() + wanted.sum()))
-    assert max(scores) >= 0.9
+    assert max(scores) > 0.7
 
 
 def test_the_result_is_written_and_rendered_again(found, marked_run):
@@ -132,10 +134,52 @@ def test_figures_of_the_terminal(found):
 
 def test_patches_stand_between_floor_and_ceiling(found):
     closed = {name: each["share"] for name, each in found["patching"]["closed"].items()}
+    assert closed["activation"] > 0.9
     assert closed["activation"] == max(closed.values())
-    assert closed["exclusive"] > 0.5
-    assert closed["exclusive"] > closed["random"]
-    assert closed["exclusive"] > closed["shared"]
+    assert closed["changed"] > max(closed["random"], closed["unchanged"])
+
+
+@pytest.fixture(scope="module")
+def shifted_run(tmp_path_factory):
+    """A tuned model that adds one vector everywhere, and a crosscoder with one latent for it, built by hand."""
+    root = tmp_path_factory.mktemp("shifted")
+    shutil.copytree(MODEL_DIR, root / "model")
+    weights = load_file(root / "model" / "model.safetensors")
+    torch.manual_seed(0)
+    vector = 6 * torch.nn.functional.normalize(torch.randn(128), dim=0)
+    weights["transformer.h.2.mlp.c_proj.bias"] += vector
+    save_file(weights, root / "model" / "model.safetensors", {"format": "pt"})
+    base = sparsary.LanguageModel.from_pretrained("embedded", device="cpu")
+    text = " ".join(next(embedded_documents(1)).text for _ in range(3))
+    mean = base.activations(text, HOOK).values[4:].mean(0)
+    crosscoder = sparsary.Crosscoder([128, 128], 2, sparsary.ENCODERS["topk"](k=1), names=[f"base/{HOOK}", f"tuned/{HOOK}"])
+    with torch.no_grad():
+        crosscoder.W_enc.zero_()
+        crosscoder.b_enc.copy_(torch.tensor([6.0, 0.0]))
+        crosscoder.W_dec.zero_()
+        crosscoder.W_dec[0, 128:] = vector / 6
+        crosscoder.b_dec.copy_(torch.cat([mean, mean]))
+    about = {
+        "model": ModelSection(id="embedded", device="cpu", tuned={"id": str(root / "model"), "device": "cpu"}).model_dump(),
+        "hooks_in": [f"base/{HOOK}", f"tuned/{HOOK}"],
+        "hooks_out": [f"base/{HOOK}", f"tuned/{HOOK}"],
+        "text": {"source": "embedded", "context_length": 64},
+        "harvest": {"dtype": "float32", "heldout": 0.05, "exclude_special": True, "exclude_leading": 2},
+    }
+    crosscoder.save(root / "run", about)
+    return root / "run"
+
+
+def test_an_exclusive_latent_is_confirmed_and_closes_the_divergence(shifted_run):
+    found = diff(str(shifted_run), tokens=2000)
+    assert found["counts"] == {"base_only": 0, "shared": 0, "rotated": 0, "tuned_only": 1, "uneven": 0, "dead": 1}
+    assert found["true_exclusive"] == {"base_only": 0, "tuned_only": 1}
+    (latent,) = found["latents"]
+    assert latent["relative_norm"] == 1
+    assert abs(latent["nu_error"]) < 0.2
+    closed = found["patching"]["closed"]
+    assert closed["exclusive"]["share"] > 0.9
+    assert closed["exclusive"]["share"] == pytest.approx(closed["mean_difference"]["share"], abs=0.01)
 
 
 def test_commands_of_one_model_s_predictions_are_refused(marked_run):

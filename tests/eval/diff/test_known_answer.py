@@ -21,8 +21,10 @@ def test_the_exclusive_latents_are_the_rule(tmp_path):
         out_dir=str(tmp_path / "run"),
     )
     found = sparsary.diff(run, tokens=40_000)
-    assert found["counts"]["base_only"] == 0
-    latents = [row["latent"] for row in found["latents"] if row["kind"] == "tuned_only"]
+    latents = [row["latent"] for row in found["latents"]]
+    assert len(latents) <= 8
     scores = runpy.run_path(str(ROOT / "docs" / "studies" / "model_diff.py"))["rule_f1"](run, latents)
-    assert max(scores.values()) >= 0.9
-    assert found["patching"]["closed"]["exclusive"]["share"] > 0.8
+    assert max(scores.values()) > 0.85
+    closed = found["patching"]["closed"]
+    assert closed["changed"]["share"] > 0.7
+    assert closed["random"]["share"] < 0.1
