@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from markupsafe import escape
 
 from sparsary.eval.pages.diff import CHANGES, render_diff
 from sparsary.eval.pages.render import render_file
@@ -99,7 +100,7 @@ def test_every_change_has_a_row_and_an_interval(values):
     html = render_diff(values)
     for name, meaning in CHANGES.values():
         assert name in html
-        assert meaning in html
+        assert escape(meaning) in html
     assert html.count('<div class="note">0.') >= 5
 
 
