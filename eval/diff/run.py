@@ -199,8 +199,8 @@ def _first_pass(pair: DiffedPair, tokens: int) -> PassResult:
     collector = Collector(crosscoder.n_latents, Limits(top=CONTEXTS))
     same = pair.equal_widths
     differences = Differences(crosscoder.widths[0]) if same else None
-    decoders = tuple(crosscoder.decoder(site).cpu() for site in (0, 1))
-    biases = tuple(crosscoder.bias(site).cpu() for site in (0, 1))
+    decoders = crosscoder.decoder(0).cpu(), crosscoder.decoder(1).cpu()
+    biases = crosscoder.bias(0).cpu(), crosscoder.bias(1).cpu()
     scaling = LatentScaling(decoders, biases) if same else None
     sums = [torch.zeros(width, dtype=torch.float64) for width in crosscoder.widths]
     squares, errors = [0.0, 0.0], [0.0, 0.0]

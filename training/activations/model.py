@@ -17,7 +17,7 @@ from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder, remembered
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection, TunedSection
-from ..tokens import tokenizer_contents
+from ..tokens import tokenizer_contents, tokenizer_digest
 from .hooked_model import HookedModel, next_token_loss
 from .memory_models import beneath, held, hold, parameters_digest
 from .model_pair import NAMES, ModelPair, hooks_of, require_equal_tokenizers
