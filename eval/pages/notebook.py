@@ -74,7 +74,7 @@ def _report(found: Found) -> CellOutput:
 
 
 def _stack(found: Found) -> CellOutput:
-    columns = [column for column in stack.columns_of(dict(found)) if column.key in LAYER_FIGURES]
+    columns = [column for column in stack.stack_columns(dict(found)) if column.key in LAYER_FIGURES]
     rows = [
         [stack.short(hook), *(show(found[column.key][number], digits=3) for column in columns)]
         for number, hook in enumerate(found["layer_hooks"])

@@ -106,7 +106,7 @@ def render_stack(report: Report) -> str:
     """Render the report of a stack as a page. Equal input gives equal bytes."""
     trained, commit = report["training_tokens"], report["git_commit"]
     heading = f"{kind_label(report['kind'])}, {report['layers']} {places_word(report)}"
-    columns, place = columns_of(report), places_word(report)[:-1]
+    columns, place = stack_columns(report), places_word(report)[:-1]
     size = (WIDTH_INCHES, max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
     return document(
         "stack.html",
@@ -143,7 +143,7 @@ def places_word(report: Report) -> str:
     return "sites" if report["kind"] == "crosscoder" else "layers"
 
 
-def columns_of(report: Report) -> tuple[Column, ...]:
+def stack_columns(report: Report) -> tuple[Column, ...]:
     """Return the columns of a report's table."""
     if report["kind"] != "crosscoder":
         return COLUMNS
@@ -156,7 +156,7 @@ def _totals(report: Report) -> list[Cell]:
     sums = {column.key: sum(report[column.key]) for column in OF_CROSSCODER if column.key in report}
     return [
         figure_cell(sums, column.key) if column.key in sums else figure_cell(report, totals[column.key])
-        for column in columns_of(report)
+        for column in stack_columns(report)
     ]
 
 

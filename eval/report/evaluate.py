@@ -347,7 +347,7 @@ def evaluate_tensor(
         raise ValueError(f"activations: expected at least 2 tokens, got {x.shape[0]}.")
     kind = dictionary.arguments()["kind"]
     if (y is None) != (kind in ("sae", "crosscoder")):
-        raise ValueError(f"activations: expected {'x alone' if kind == 'sae' else 'a pair (x, y)'} for a {kind}.")
+        raise ValueError(f"activations: expected {'a pair (x, y)' if y is None else 'x alone'} for a {kind}.")
     targets = x if y is None else y
     if x.shape[1] != dictionary.d_in:
         raise ValueError(f"activations: expected width {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]}.")
