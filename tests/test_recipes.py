@@ -54,7 +54,8 @@ def with_start(recipe, tmp_path):
     from sparsary.sae import SAE
 
     section = recipe.dictionary
-    if section.start is None:
+    # An MLP's own weights are those of the recipe's model.
+    if section.start is None or section.start.path == "mlp":
         return recipe
     SAE(128, 1024, ENCODERS["topk"](k=16)).save(tmp_path / "start", {"hook": section.hook})
     start = section.start.model_copy(update={"path": str(tmp_path / "start")})
