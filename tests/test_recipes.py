@@ -66,6 +66,10 @@ def with_configuration(recipe, tmp_path):
     """The recipe with its model's configuration from here, not from the hub."""
     import transformers
 
+    if recipe.model.tuned is not None:
+        # Made by a command that the recipe names.
+        tuned = recipe.model.tuned.model_copy(update={"id": "embedded"})
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"tuned": tuned})})
     if recipe.model.id == "embedded":
         return recipe
     name, sizes = CONFIGS[recipe.model.id]
