@@ -280,6 +280,30 @@ def _level_counts(levels: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+@app.command("diff")
+@_reads_dictionaries
+def _diff(
+    checkpoint: Annotated[str, typer.Argument(help="A crosscoder of two models: a checkpoint directory.")],
+    out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/diff.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Held-out tokens to read. Default: the recipe's eval_tokens.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the latents patched as a floor.")] = 0,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Compare two models by their crosscoder: exclusive latents, latent scaling, KL closed; write diff.json and diff.html."""
+    from .diff.run import diff
+    from .diff.summary import diff_summary, diff_tables
+
+    found = diff(checkpoint, out, tokens, seed, options)
+    print_fields(diff_summary(found))
+    for head, rows in diff_tables(found):
+        print()
+        print_table(head, rows)
+    print(f"\nresults: {found['path']}\npage: {found['page_path']}")
+
+
 @app.command("compare")
 def _compare(
     arguments: Annotated[
