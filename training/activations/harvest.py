@@ -89,7 +89,7 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
     of_model, of_text = model_problems(recorded, content), text_problems(recorded, text)
     names: set[tuple[str, ...]] = set()
     if content["model"] and content["model"] == recorded.get("model"):
-        names |= {("model", "id"), ("model", "revision"), ("model", "adapter")}
+        names |= {("model", "id"), ("model", "revision"), ("model", "adapter"), ("model", "tuned", "id")}
     if of_text == []:
         names |= {("text", "files"), ("text", "dataset"), ("text", "dataset_revision")}
     return names, of_model + (of_text or [])
@@ -109,6 +109,8 @@ def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSect
     entries["model", "quantization"] = model.quantization
     entries["model", "adapter"] = model.adapter
     entries["model", "adapter_mode"] = None if model.adapter is None else model.adapter_mode
+    for key in ("id", "dtype", "quantization", "adapter"):
+        entries["model", "tuned", key] = None if model.tuned is None else getattr(model.tuned, key)
     # The handling of bad rows decides whether a harvest fails, not what it stores.
     read = text.model_dump(mode="json", exclude={"on_bad_row", "max_bad_share"})
     entries |= {("text", key): value for key, value in read.items()}
