@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import eval, sae, training, transcoders  # noqa: A004
     from .eval.attribution_graphs.run import attribution_graph
     from .eval.circuits.benchmark import CircuitSettings, circuits
+    from .eval.circuits.comparison.run import compare_circuits
     from .eval.compare.run import compare
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
@@ -61,6 +62,7 @@ __all__ = [
     "attribution_graph",
     "circuits",
     "compare",
+    "compare_circuits",
     "convert",
     "eval",
     "evaluate",
@@ -92,6 +94,7 @@ _HOMES = {
     "training.run": "harvest train",
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
+    "eval.circuits.comparison.run": "compare_circuits",
     "eval.compare.run": "compare",
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
