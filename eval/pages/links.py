@@ -121,6 +121,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["--edges"] if result.get("edges") else []
         words += ["--random-circuits", result["random_circuits"]] if result.get("random_circuits") else []
         words += ["--compare"] if label == "circuit comparison" else []
+        words += ["--out", result["out"]] if result.get("out") else []
         words += [word for two in result.get("repairs_asked") or () for word in ("--repair", *two)]
     elif label == "graph" and result.get("transcoders"):
         words += ["circuits", result["transcoders"], "--prompt", result["prompt"]]

@@ -1,8 +1,13 @@
 """A task's circuit in two checkpoints of a model: units gained, lost and kept, and what the gained ones do.
 
-Scores change for two reasons: a unit has learned something, or what it reads or what reads it has. ``from_tuned`` tells them
-apart: the base model's metric with one unit's output taken from the tuned model's run on the same prompt, minus its own metric.
-It is 0 for a unit whose weights and inputs are equal in both models, however much its score has changed.
+Scores change for two reasons: a unit has learned something, or what it reads or what reads it has. Exchanging the weights of
+one unit tells them apart: ``into_base`` is the change of the base model's metric if one unit has the tuned model's weights,
+``into_tuned`` the drop of the tuned model's metric if it has the base model's. Both are 0 for a unit whose weights are equal in
+both models, however much its score has changed. A unit that only other changed units read shows in the second, one that writes
+to the output by itself in both; ``exchanged`` is the one of larger magnitude, pair by pair.
+
+Weights are exchanged by way of outputs: a unit writes what it writes in a run of the other model whose modules all read what
+they read in this one.
 """
 
 from collections.abc import Callable
@@ -10,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel, tokenizer_content
@@ -69,11 +74,12 @@ def changed_units(base: ScoredTask, tuned: ScoredTask, n_random: int, ablation: 
     looked = torch.zeros(base.space.size, dtype=torch.bool)
     looked[torch.from_numpy(-np.abs(gains)).argsort(stable=True)[:LOOKED_AT]] = True
     looked |= circuits[0] | circuits[1]
-    effects = _from_tuned(base, tuned, looked)
+    put, taken = _exchanged(base, tuned, looked), _exchanged(tuned, base, looked)
+    effects = {"into_base": -put, "into_tuned": taken, "exchanged": np.where(np.abs(put) > np.abs(taken), -put, taken)}
     gained = circuits[1] & ~circuits[0]
     row: Row = {"base": base.name, "tuned": tuned.name, "task": base.task}
     row |= {f"size_{side}": int(kept.sum()) for side, kept in zip(("base", "tuned"), circuits, strict=True)}
-    row["ceiling_from_tuned"] = half_distance(effects, seed)
+    row["ceiling_exchanged"] = half_distance(effects["exchanged"], seed)
     row["ceiling_gain"] = max(half_distance(task.per_pair, seed) for task in (base, tuned))
     row["units"] = _unit_rows(base, tuned, circuits, looked, effects, row)
     row["doubts"] = [
@@ -99,10 +105,10 @@ def _unit_rows(
     tuned: ScoredTask,
     circuits: list[Bool[Tensor, " units"]],
     looked: Bool[Tensor, " units"],
-    effects: Float[np.ndarray, "pairs units"],
+    effects: dict[str, Float[np.ndarray, "pairs units"]],
     ceilings: Row,
 ) -> list[Row]:
-    """Return a row for every unit in a circuit or with a changed score, those of largest ``from_tuned`` first."""
+    """Return a row for every unit in a circuit or with a changed score, those of largest ``exchanged`` first."""
     units = looked.nonzero().flatten().tolist()
     names, groups = base.space.names(), base.space.group_of(units)
     drawn = [np.abs(task.resampled_scores()[:, units]) for task in (base, tuned)]
@@ -112,29 +118,58 @@ def _unit_rows(
         before, after = (bool(kept[unit]) for kept in circuits)
         scores = [float(task.values[unit]) for task in (base, tuned)]
         gain = Measured(abs(scores[1]) - abs(scores[0]), *(float(end[at]) for end in ends))
-        put = mean(effects[:, unit])
+        moved = {key: mean(values[:, unit]) for key, values in effects.items()}
         row = {"unit": names[unit], "group": group, "status": _status(before, after)}
-        row |= {"score_base": scores[0], "score_tuned": scores[1]} | figure("gain", gain) | figure("from_tuned", put)
+        row |= {"score_base": scores[0], "score_tuned": scores[1]} | figure("gain", gain)
+        for key, measured in moved.items():
+            row |= figure(key, measured)
         row["gain_beyond_ceiling"] = abs(gain.value) > ceilings["ceiling_gain"]
-        row["from_tuned_beyond_ceiling"] = abs(put.value) > ceilings["ceiling_from_tuned"]
+        row["exchanged_beyond_ceiling"] = abs(moved["exchanged"].value) > ceilings["ceiling_exchanged"]
         rows.append(row)
-    return sorted(rows, key=lambda row: (-abs(row["from_tuned"]), -abs(row["gain"])))
+    return sorted(rows, key=lambda row: (-abs(row["exchanged"]), -abs(row["gain"])))
 
 
 def _status(before: bool, after: bool) -> str:
     return {(False, True): GAINED, (True, False): LOST, (True, True): KEPT, (False, False): NEITHER}[before, after]
 
 
-def _from_tuned(base: ScoredTask, tuned: ScoredTask, units: Bool[Tensor, " units"]) -> Float[np.ndarray, "pairs units"]:
-    """Return the change of the base model's metric with each unit's output taken from the tuned model."""
+@torch.no_grad()
+def _exchanged(run: ScoredTask, donor: ScoredTask, units: Bool[Tensor, " units"]) -> Float[np.ndarray, "pairs units"]:
+    """Return the drop of one model's metric with the weights of each unit taken from the other model."""
     found = []
-    with torch.no_grad():
-        for some in base.judged_on.batches(BATCH):
-            logits, own = base.space.see(some.clean)
-            _, other = tuned.space.see(some.clean)
-            differs = (base.space.distance(own, other) > 0).cpu() & units
-            found.append(-patched_drops(base.space, some, some.clean, some.measure(logits), other, differs))
+    for some in run.judged_on.batches(BATCH):
+        logits, own = run.space.see(some.clean)
+        other = _same_inputs(donor.space, run.space.model, some.clean)
+        differs = (run.space.distance(own, other) > 0).cpu() & units
+        found.append(patched_drops(run.space, some, some.clean, some.measure(logits), other, differs))
     return torch.cat(found).double().cpu().numpy()
+
+
+def _same_inputs(space: Space, model: LanguageModel, token_ids: Int[Tensor, "pairs positions"]) -> State:
+    """Return unit activations of a run in which blocks, attentions and MLPs read what they read in another model's run."""
+    reads = _input_hooks(space.model)
+    given, seen = model.activations(token_ids.to(model.device), reads), {}
+
+    def held(hook: str) -> Callable[[Tensor], Tensor]:
+        def reader(x: Tensor) -> Tensor:
+            x = given[hook].to(x) if hook in given else x
+            seen[hook] = x.clone()
+            return x
+
+        return reader
+
+    with space.model.hooked({hook: held(hook) for hook in dict.fromkeys([*reads, *space.hooks])}):
+        space.passes.run(token_ids)
+    return space.state({hook: seen[hook] for hook in space.hooks})
+
+
+def _input_hooks(model: LanguageModel) -> tuple[str, ...]:
+    found = []
+    for layer in range(n_layers(model.module)):
+        block = find_block(model.module, layer)
+        inner = [f"{path}:in" for path in (block.attention, block.mlp and block.mlp[0]) if path is not None]
+        found += [f"{block.path}:in", *inner]
+    return tuple(dict.fromkeys(found))
 
 
 def _ablated(

@@ -44,13 +44,14 @@ def overlap_rows(tasks: Sequence[ScoredTask], seed: int = 0) -> list[Row]:
     """Return a row for every two tasks and both ways of choosing the sizes; p-values are corrected for the number of rows."""
     size, rows = equal_size(tasks), []
     for a, b in combinations(tasks, 2):
+        correlation = _correlation(a, b)
         for at, sizes in ((EQUAL, (size, size)), (FAITHFUL, (a.size, b.size))):
             about = {"a": a.name, "b": b.name, "at": at}
             if sizes[0] is None or sizes[1] is None:
                 missing = [task.name for task in (a, b) if task.size is None]
                 rows.append(about | {"refused": f"no circuit of {' and '.join(missing)} has faithfulness 0.8"})
             else:
-                rows.append(about | _overlap(a, b, sizes[0], sizes[1], seed))
+                rows.append(about | _overlap(a, b, sizes[0], sizes[1], seed) | correlation)
     for at in (EQUAL, FAITHFUL):
         tested = [row for row in rows if row["at"] == at and "refused" not in row]
         for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
@@ -73,7 +74,6 @@ def _overlap(a: ScoredTask, b: ScoredTask, size_a: int, size_b: int, seed: int) 
     row |= _between("jaccard", _jaccards(*drawn))
     row |= {"share_of_smaller": share_of_smaller(first, second)}
     row |= _between("share_of_smaller", _shares(*drawn))
-    row |= _correlation(a, b)
     row |= {
         "jaccard_halves": float(across),
         "ceiling": float(np.mean(ceilings)),
@@ -98,10 +98,10 @@ def _correlation(a: ScoredTask, b: ScoredTask) -> Row:
     """Return Spearman's correlation of absolute scores, of units that any of both tasks gives a score."""
     either = (a.scored | b.scored).numpy()
     if either.sum() < 3:
-        return dict.fromkeys(("spearman", "spearman_low", "spearman_high"))
+        return figure("spearman", None)
     found = rank_correlation(*(np.abs(task.values[either]) for task in (a, b)))
-    drawn = rank_correlation(*(np.abs(task.resampled_scores()[:, either]) for task in (a, b)))
-    return {"spearman": float(found)} | _between("spearman", drawn)
+    low, high = percentiles(rank_correlation(*(np.abs(task.resampled_scores()[:, either]) for task in (a, b))))
+    return figure("spearman", Measured(float(found), float(low), float(high)))
 
 
 def cross_rows(tasks: Sequence[ScoredTask], n_random: int, seed: int = 0) -> list[Row]:
@@ -118,7 +118,7 @@ def cross_rows(tasks: Sequence[ScoredTask], n_random: int, seed: int = 0) -> lis
                 if task.refused:
                     rows.append(row | {"refused": task.refused})
                     continue
-                floor = np.array([task.faithfulness(mask).value for mask in masks])
+                floor = np.array([task.faithfulness_of(mask) for mask in masks])
                 row |= figure("faithfulness", task.faithfulness(kept))
                 rows.append(row | {"floor": _number(floor.mean()), "floor_best": _number(floor.max())})
     return rows

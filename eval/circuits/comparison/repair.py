@@ -29,11 +29,7 @@ Row = dict[str, Any]
 
 
 def repair(a: ScoredTask, b: ScoredTask, n_random: int, seed: int = 0) -> Row:
-    """Return B's accuracy before and after the units of A that B lacks do what they do on A's prompts.
-
-    Raises:
-        ValueError: If the units are edges, a circuit does not exist, or no prompt of A has the answer of one of B.
-    """
+    """Return B's accuracy before and after the units of A that B lacks do what they do on A's prompts, or ``refused``."""
     row: Row = {"a": a.name, "b": b.name}
     if not isinstance(a.space, NodeSpace):
         return row | {"refused": "edges have no activations of their own"}
@@ -44,6 +40,8 @@ def repair(a: ScoredTask, b: ScoredTask, n_random: int, seed: int = 0) -> Row:
     if not moved.any():
         return row | {"refused": f"every unit of {a.name} is in the circuit of {b.name}"}
     donors = _Donors(a, b, seed)
+    if not donors.rows:
+        return row | {"refused": f"no prompt of {a.name} has the answer of an evaluation prompt of {b.name}"}
     names = a.space.names()
     row |= {
         "units": [names[unit] for unit in moved.nonzero().flatten().tolist()][:LISTED],
@@ -64,6 +62,19 @@ def repair(a: ScoredTask, b: ScoredTask, n_random: int, seed: int = 0) -> Row:
     return row | ({"doubt": f"{b.name} has accuracy 1 before: nothing to repair"} if before.min() == 1 else {})
 
 
+def require_answers_in_common(a: PromptPairs, b: PromptPairs) -> None:
+    """Raise ``ValueError`` if no pair of B has a pair of A with the same answer.
+
+    Raises:
+        ValueError: If none has, so that nothing could be repaired.
+    """
+    if all(_partners(a, questions[-1], 0)[0] is None for questions in b.questions):
+        raise ValueError(
+            f"--repair: expected two tasks with answers in common, got {a.task} and {b.task}: no prompt of {a.task} has the "
+            f"answer of a prompt of {b.task} without its foils. Repair a task by one that asks for the same words."
+        )
+
+
 class _Donors:
     """Prompts of task A for B's prompts, with the same and the opposite answer, and runs of B with units taken from them."""
 
@@ -71,12 +82,8 @@ class _Donors:
         given = _joined(a.chosen_on, a.judged_on)
         found = [_partners(given, questions[-1], seed + index) for index, questions in enumerate(b.judged_on.questions)]
         rows = [index for index, (same, _) in enumerate(found) if same is not None]
-        if not rows:
-            raise ValueError(
-                f"--repair: expected two tasks with answers in common, got {a.name} and {b.name}: no prompt of {a.name} has "
-                f"the answer of a prompt of {b.name} without its foils. Repair a task by one that asks for the same words."
-            )
-        self.pairs = b.judged_on.take(torch.tensor(rows))
+        self.rows = rows
+        self.pairs = b.judged_on.take(torch.tensor(rows, dtype=torch.long))
         self.has_opposite = all(found[index][1] is not None for index in rows)
         self.given = given
         self.partners = [[found[index][side] for index in rows] for side in (0, 1)]

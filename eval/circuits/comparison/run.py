@@ -28,7 +28,7 @@ from ..units.nodes import NodeSpace
 from ..units.space import Space
 from .checkpoints import changed_units, require_same_architecture
 from .overlaps import cross_rows, difference_rows, equal_size, overlap_rows, shared_rows
-from .repair import repair
+from .repair import repair, require_answers_in_common
 from .scored_task import ScoredTask, score_task
 
 SCHEMA_VERSION = 1
@@ -86,6 +86,8 @@ def compare_circuits(
         "checkpoints": names,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()},
         "random_circuits": settings.random_circuits or RANDOM_CIRCUITS,
+        # A command without checkpoints needs it again.
+        "out": None if names or out is None else str(out),
         "repairs_asked": [list(one) for one in repairs],
         "competence": [],
         "doubts": [],
@@ -99,7 +101,11 @@ def compare_circuits(
         "refused": [],
     }
     prompts = [_prompts(task, loaded, settings, found) for task in settings.tasks]
+    _name_apart(prompts, settings.tasks)
     _note_answers(prompts, found)
+    by_task = dict(zip(settings.tasks, prompts, strict=True))
+    for a, b in repairs:
+        require_answers_in_common(by_task[a].pairs, by_task[b].pairs)
     families = _unit_sets(loaded, several, settings.edges)
     with stage("circuits", len(families) * len(settings.methods), "steps") as shown:
         for family, spaces in families.items():
@@ -188,6 +194,14 @@ def _prompts(task: str, models: list[LanguageModel], settings: CircuitSettings, 
     if all(able.noise for able in prompts.competence):
         prompts.competence[0].require_signal()
     return prompts
+
+
+def _name_apart(prompts: list[_Prompts], tasks: Sequence[str]) -> None:
+    """Name tasks by their files where two files name the same task."""
+    names = [one.task for one in prompts]
+    for one, given in zip(prompts, tasks, strict=True):
+        if names.count(one.task) > 1:
+            one.task = str(given)
 
 
 def _note_answers(prompts: list[_Prompts], found: Row) -> None:

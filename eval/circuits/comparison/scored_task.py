@@ -103,6 +103,14 @@ class ScoredTask:
         kept_metric, full, empty = (x[MEASURED_ON] for x in (trials.metric(kept), trials.full, trials.empty))
         return ratio(kept_metric - empty, full - empty)
 
+    def faithfulness_of(self, kept: Bool[Tensor, " units"]) -> float:
+        """Return the same without an interval."""
+        kept_metric, full, empty = (
+            x[MEASURED_ON].mean() for x in (self.trials.metric(kept), self.trials.full, self.trials.empty)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float((kept_metric - empty) / (full - empty))
+
 
 def score_task(
     name: str,

@@ -68,4 +68,4 @@ def rank_correlation(a: Float[np.ndarray, "*rows units"], b: Float[np.ndarray, "
     ranks = [rankdata(values, axis=-1) for values in (a, b)]
     x, y = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+        return np.asarray((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
