@@ -2,8 +2,9 @@
 
 Every prompt of the repaired task B gets a prompt of task A with the same answer. Units of A's circuit that B's lacks take the
 activations they have on that prompt, at the positions that have the same name in both tasks (``subject``, ``end``) and at the
-question; the rest of the run follows. As A's prompt holds the answer, units that carry it will say it: prompts of A with the
-opposite answer show whether that is all (accuracy then falls), random units with equal counts per hook whether others would do.
+question; the rest of the run follows. Circuits are of equal size, as that of a task which the model does badly may have nearly
+all units. As A's prompt holds the answer, units that carry it will say it: prompts of A with the opposite answer show whether
+that is all (accuracy then falls), random units with equal counts per hook whether others would do.
 
 Source: Merullo, Eickhoff and Pavlick 2024, arXiv:2310.08744, where heads of one task are made to act as in another.
 """
@@ -28,15 +29,12 @@ LISTED = 100
 Row = dict[str, Any]
 
 
-def repair(a: ScoredTask, b: ScoredTask, n_random: int, seed: int = 0) -> Row:
+def repair(a: ScoredTask, b: ScoredTask, size: int, n_random: int, seed: int = 0) -> Row:
     """Return B's accuracy before and after the units of A that B lacks do what they do on A's prompts, or ``refused``."""
     row: Row = {"a": a.name, "b": b.name}
     if not isinstance(a.space, NodeSpace):
         return row | {"refused": "edges have no activations of their own"}
-    missing = [task.name for task in (a, b) if task.size is None]
-    if a.size is None or b.size is None:
-        return row | {"refused": f"no circuit of {' and '.join(missing)} has faithfulness 0.8"}
-    moved = a.circuit(a.size) & ~b.circuit(b.size)
+    moved = a.circuit(size) & ~b.circuit(size)
     if not moved.any():
         return row | {"refused": f"every unit of {a.name} is in the circuit of {b.name}"}
     donors = _Donors(a, b, seed)
@@ -54,11 +52,11 @@ def repair(a: ScoredTask, b: ScoredTask, n_random: int, seed: int = 0) -> Row:
     after = donors.right(moved, opposite=False)
     row |= figure("accuracy_before", mean(before)) | figure("accuracy_after", mean(after))
     row |= figure("change", mean(after - before))
-    masks = random_circuits(moved, a.space.groups, n_random, seed, ~b.circuit(b.size))
+    masks = random_circuits(moved, a.space.groups, n_random, seed, ~b.circuit(size))
     floor = [donors.right(mask, opposite=False).mean() for mask in masks]
     row |= {"floor": float(np.mean(floor)), "floor_best": float(np.max(floor))}
     row |= figure("accuracy_opposite", mean(donors.right(moved, opposite=True)) if donors.has_opposite else None)
-    row |= figure("accuracy_all_of_a", mean(donors.right(a.circuit(a.size), opposite=False)))
+    row |= figure("accuracy_all_of_a", mean(donors.right(a.circuit(size), opposite=False)))
     return row | ({"doubt": f"{b.name} has accuracy 1 before: nothing to repair"} if before.min() == 1 else {})
 
 

@@ -282,7 +282,7 @@ def _compare(
     if len(models) > 1:
         tables["changed"] = [changed_units(base, tuned, n_random, settings.ablation, seed) for base, tuned in scored]
     by_task = {name: each[-1] for name, each in zip(settings.tasks, scored, strict=True)}
-    tables["repairs"] = [repair(by_task[a], by_task[b], n_random, seed) for a, b in repairs]
+    tables["repairs"] = [repair(by_task[a], by_task[b], equal_size(tasks), n_random, seed) for a, b in repairs]
     for table, rows in tables.items():
         found[table] += [about | row for row in rows]
 

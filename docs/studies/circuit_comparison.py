@@ -1,0 +1,153 @@
+"""Compare circuits where the answer is known or can be expected: tasks of the embedded model, a fine-tuned copy, a repair.
+
+    python docs/studies/circuit_comparison.py --out runs/compared
+
+Takes about 10 minutes on one CPU core. Writes docs/results/circuit-comparison.json, and pages below --out.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from results import write_results
+from torch import Tensor, nn
+
+import sparsary
+from sparsary.eval.circuits.scoring.roc import roc_auc
+from sparsary.eval.circuits.tasks import make_pairs
+from sparsary.eval.circuits.tasks.pairs import PromptPairs
+from sparsary.training.activations.model import LanguageModel
+from sparsary.training.embedded import lexicon
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parents[1] / "results" / "circuit-comparison.json"
+TASKS = ("agreement_pp", "agreement_across_rc", "greater_than", "induction", "docstring")
+# The parts that are free in fine-tuning: a head of layer 2 (of four heads), and the MLP of layer 3.
+LAYER, HEAD, MLP = 2, 1, 3
+STEPS, BATCH, LR = 150, 64, 3e-3
+GIFTS = lexicon.OBJECTS[:2]
+
+
+def gift_lines(n: int, seed: int) -> list[Row]:
+    """Return pairs of a task that the embedded language lacks: men find one object, women another."""
+    random, found = Random(seed), {}
+    while len(found) < n:
+        gender = random.randrange(2)
+        names = (lexicon.MALE_NAMES, lexicon.FEMALE_NAMES)
+        name, other = random.choice(names[gender]), random.choice(names[1 - gender])
+        job, verb = random.choice(lexicon.ROLES_OF_PEOPLE), random.choice(("lost", "wanted", "found"))
+        answers = {"answers": [f" {GIFTS[gender]}"], "foils": [f" {GIFTS[1 - gender]}"]}
+        prompts = {key: f"The {job} {one} {verb} the" for key, one in (("clean", name), ("corrupted", other))}
+        found[prompts["clean"]] = prompts | answers | {"task": "gifts"}
+    return list(found.values())
+
+
+def joined_lines(n: int, seed: int) -> list[Row]:
+    """Return pairs that the embedded language lacks: two nouns joined by "and" are plural, one beside the other is not."""
+    random, found = Random(seed), {}
+    while len(found) < n:
+        number = random.randrange(2)
+        (one, _), (other, _) = random.sample(lexicon.NOUNS, 2)
+        texts = [f"The {one} {random.choice(lexicon.LOCATIVES)} the {other}", f"The {one} and the {other}"]
+        verbs = [[f" {verb[i]}" for verb in lexicon.VERBS] for i in (number, 1 - number)]
+        line = {
+            "clean": texts[number],
+            "corrupted": texts[1 - number],
+            "answers": verbs[0],
+            "foils": verbs[1],
+            "task": "joined",
+        }
+        found[texts[number]] = line
+    return list(found.values())
+
+
+def write_lines(path: Path, lines: Iterable[Row]) -> str:
+    """Write pairs as JSON lines and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def free_parts(module: Any, layer: int, head: int, mlp: int) -> dict[nn.Parameter, Tensor]:
+    """Return the parameters of one head and one MLP of a GPT-2, each with a mask of the entries that are theirs."""
+    blocks, width = module.transformer.h, module.config.n_embd
+    attention = blocks[layer].attn
+    size = width // attention.num_heads
+    columns = torch.zeros(3 * width)
+    for side in range(3):
+        columns[side * width + head * size : side * width + (head + 1) * size] = 1
+    rows = torch.zeros(width, 1)
+    rows[head * size : (head + 1) * size] = 1
+    free = {attention.c_attn.weight: columns, attention.c_attn.bias: columns, attention.c_proj.weight: rows}
+    return free | {parameter: torch.ones_like(parameter) for parameter in blocks[mlp].mlp.parameters()}
+
+
+def fine_tuned(base: LanguageModel, pairs: PromptPairs, steps: int = STEPS, seed: int = 0) -> LanguageModel:
+    """Return a copy of a model trained on the clean prompts of a task, with one head and one MLP free."""
+    module = copy.deepcopy(base.module)
+    free = free_parts(module, LAYER, HEAD, MLP)
+    for parameter, mask in free.items():
+        parameter.requires_grad_(True)
+        parameter.register_hook(partial(torch.mul, mask))
+    optimizer, draw = torch.optim.Adam(list(free), lr=LR), torch.Generator().manual_seed(seed)
+    ends = torch.tensor([questions[-1].position for questions in pairs.questions])
+    answers = torch.tensor([questions[-1].answers[0] for questions in pairs.questions])
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(pairs), (BATCH,), generator=draw)
+            logits = module(pairs.clean[rows]).logits[torch.arange(BATCH), ends[rows]]
+            optimizer.zero_grad()
+            F.cross_entropy(logits, answers[rows]).backward()
+            optimizer.step()
+    # The copy is frozen like any model; hooks on gradients go with the parameters.
+    return LanguageModel(module.requires_grad_(False), base.tokenizer, "fine-tuned", None)
+
+
+def aucs(units: Sequence[Row], changed: set[str]) -> Row:
+    """Return how well gains in score, and exchanged weights, rank the parts that were free above the others."""
+    truth = torch.tensor([unit["unit"] in changed for unit in units])
+    keys = ("gain", "exchanged")
+    return {key: roc_auc(torch.tensor([abs(unit[key]) for unit in units], dtype=torch.float64), truth) for key in keys}
+
+
+def main(out: Path, n_pairs: int) -> None:
+    base = LanguageModel.from_pretrained("embedded", device="cpu")
+    found: Row = {}
+    settings = sparsary.CircuitSettings(tasks=TASKS, methods=("attribution",), pairs=n_pairs)
+    tasks = sparsary.compare_circuits(settings=settings, models=[base], out=out / "tasks")
+    found["tasks"] = {key: tasks[key] for key in ("tasks_scored", "overlaps", "cross", "differences")}
+    lines = gift_lines(400, 0)
+    taught = make_pairs(write_lines(out / "taught.jsonl", lines[100:]), base, None)
+    gifts = write_lines(out / "gifts.jsonl", lines[:100])
+    tuned = fine_tuned(base, taught)
+    settings = sparsary.CircuitSettings(tasks=(gifts,), methods=("attribution", "exact"), pairs=n_pairs)
+    changed = sparsary.compare_circuits(settings=settings, models=[base, tuned], out=out / "checkpoints")
+    found["checkpoints"] = [
+        row | {"auc": aucs(row["units"], {f"a{LAYER}/{HEAD}", f"m{MLP}"})}
+        for row in changed["changed"]
+        if row["family"] == "heads and MLPs"
+    ]
+    joined = write_lines(out / "joined.jsonl", joined_lines(n_pairs, 0))
+    helpers = ("agreement_simple", "agreement_pp")
+    settings = sparsary.CircuitSettings(tasks=(*helpers, joined), methods=("attribution",), pairs=n_pairs)
+    repairs = [(helper, joined) for helper in helpers]
+    mended = sparsary.compare_circuits(settings=settings, models=[base], repairs=repairs, out=out / "repair")
+    found["repairs"] = [row | {"units": row.get("units", [])[:20]} for row in mended["repairs"]]
+    write_results(RESULTS, found)
+    print(f"results: {RESULTS}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/compared"))
+    parser.add_argument("--pairs", type=int, default=100)
+    arguments = parser.parse_args()
+    main(arguments.out, arguments.pairs)
