@@ -20,9 +20,15 @@ from results import write_results
 from torch import Tensor, nn
 
 import sparsary
+from sparsary.eval.circuits.compared_units import components
+from sparsary.eval.circuits.comparison.checkpoints import changed_units
+from sparsary.eval.circuits.comparison.repair import repair
+from sparsary.eval.circuits.comparison.scored_task import ScoredTask, score_task
+from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.scoring.roc import roc_auc
 from sparsary.eval.circuits.tasks import make_pairs
 from sparsary.eval.circuits.tasks.pairs import PromptPairs
+from sparsary.eval.circuits.units.nodes import NodeSpace
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.embedded import lexicon
 
@@ -118,30 +124,47 @@ def aucs(units: Sequence[Row], changed: set[str]) -> Row:
     return {key: roc_auc(torch.tensor([abs(unit[key]) for unit in units], dtype=torch.float64), truth) for key in keys}
 
 
+def scored(model: LanguageModel, pairs: PromptPairs, name: str) -> ScoredTask:
+    """Return a task's scores of heads and MLPs, by attribution."""
+    half, space = len(pairs) // 2, NodeSpace(model, components(model))
+    halves = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
+    return score_task(name, model.id, space, *halves, METHODS["attribution"]())
+
+
+def compared_tasks(base: LanguageModel, n_pairs: int, out: Path) -> Row:
+    """Compare circuits of neurons, heads and MLPs of the model's own tasks."""
+    settings = sparsary.CircuitSettings(tasks=TASKS, methods=("attribution",), pairs=n_pairs)
+    found = sparsary.compare_circuits(settings=settings, models=[base], out=out / "tasks")
+    return {key: found[key] for key in ("tasks_scored", "overlaps", "cross", "differences")}
+
+
+def compared_checkpoints(base: LanguageModel, out: Path) -> Row:
+    """Compare heads and MLPs of the model with those of a copy in which a head and an MLP were trained."""
+    lines = gift_lines(400, 0)
+    taught, gifts = (
+        make_pairs(write_lines(out / f"{name}.jsonl", some), base, None)
+        for name, some in (("taught", lines[100:]), ("gifts", lines[:100]))
+    )
+    row = changed_units(
+        *(scored(model, gifts, name) for model, name in ((base, "base"), (fine_tuned(base, taught), "tuned"))), 10
+    )
+    return row | {"auc": aucs(row["units"], {f"a{LAYER}/{HEAD}", f"m{MLP}"})}
+
+
+def repaired(base: LanguageModel, n_pairs: int, out: Path) -> list[Row]:
+    """Repair a task that the model lacks by heads and MLPs of tasks that it has."""
+    pairs = make_pairs(write_lines(out / "joined.jsonl", joined_lines(n_pairs, 0)), base, None)
+    joined, rows = scored(base, pairs, "joined"), []
+    for name in ("agreement_simple", "agreement_pp"):
+        helper = scored(base, make_pairs(name, base, n_pairs), name)
+        rows.append(repair(helper, joined, helper.size or 1, 10))
+    return rows
+
+
 def main(out: Path, n_pairs: int) -> None:
     base = LanguageModel.from_pretrained("embedded", device="cpu")
-    found: Row = {}
-    settings = sparsary.CircuitSettings(tasks=TASKS, methods=("attribution",), pairs=n_pairs)
-    tasks = sparsary.compare_circuits(settings=settings, models=[base], out=out / "tasks")
-    found["tasks"] = {key: tasks[key] for key in ("tasks_scored", "overlaps", "cross", "differences")}
-    lines = gift_lines(400, 0)
-    taught = make_pairs(write_lines(out / "taught.jsonl", lines[100:]), base, None)
-    gifts = write_lines(out / "gifts.jsonl", lines[:100])
-    tuned = fine_tuned(base, taught)
-    settings = sparsary.CircuitSettings(tasks=(gifts,), methods=("attribution", "exact"), pairs=n_pairs)
-    changed = sparsary.compare_circuits(settings=settings, models=[base, tuned], out=out / "checkpoints")
-    found["checkpoints"] = [
-        row | {"auc": aucs(row["units"], {f"a{LAYER}/{HEAD}", f"m{MLP}"})}
-        for row in changed["changed"]
-        if row["family"] == "heads and MLPs"
-    ]
-    joined = write_lines(out / "joined.jsonl", joined_lines(n_pairs, 0))
-    helpers = ("agreement_simple", "agreement_pp")
-    settings = sparsary.CircuitSettings(tasks=(*helpers, joined), methods=("attribution",), pairs=n_pairs)
-    repairs = [(helper, joined) for helper in helpers]
-    mended = sparsary.compare_circuits(settings=settings, models=[base], repairs=repairs, out=out / "repair")
-    found["repairs"] = [row | {"units": row.get("units", [])[:20]} for row in mended["repairs"]]
-    write_results(RESULTS, found)
+    found = {"checkpoints": compared_checkpoints(base, out), "repairs": repaired(base, n_pairs, out)}
+    write_results(RESULTS, found | {"tasks": compared_tasks(base, n_pairs, out)})
     print(f"results: {RESULTS}")
 
 

@@ -224,7 +224,7 @@ def _shared(row: Row, names: list[str]) -> Row:
 
 
 def _changed(row: Row) -> Row:
-    counts = {status: sum(unit["status"] == status for unit in row["units"]) for status in ("gained", "lost", "kept")}
+    counts = {status: row[status] for status in ("gained", "lost", "kept")}
     effects = []
     for key, figure, words in (
         ("ablated", "lost", "of the tuned model's metric is lost with the gained units ablated"),
@@ -234,6 +234,7 @@ def _changed(row: Row) -> Row:
             effects.append(_effect(effect, figure, words))
     return {
         "task": row["task"],
+        "shown": show(len(row["units"])),
         "counts": ", ".join(f"{show(number)} {status}" for status, number in counts.items()),
         "sizes": f"{show(row['size_base'])} units in the base model's circuit, {show(row['size_tuned'])} in the tuned one's",
         "ceiling": show(row["ceiling_exchanged"], digits=3),

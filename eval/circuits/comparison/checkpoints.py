@@ -29,7 +29,7 @@ from ..units.space import Space, State
 from .overlaps import figure
 from .scored_task import Measured, ScoredTask, half_distance, mean, ratio
 
-# Units outside both circuits that are looked at one by one: those whose score changed most.
+# Units whose weights are exchanged one by one: those whose score changed most.
 LOOKED_AT = 200
 GAINED, LOST, KEPT, NEITHER = "gained", "lost", "kept", "in neither"
 
@@ -73,12 +73,16 @@ def changed_units(base: ScoredTask, tuned: ScoredTask, n_random: int, ablation: 
     gains = np.abs(tuned.values) - np.abs(base.values)
     looked = torch.zeros(base.space.size, dtype=torch.bool)
     looked[torch.from_numpy(-np.abs(gains)).argsort(stable=True)[:LOOKED_AT]] = True
-    looked |= circuits[0] | circuits[1]
     put, taken = _exchanged(base, tuned, looked), _exchanged(tuned, base, looked)
     effects = {"into_base": -put, "into_tuned": taken, "exchanged": np.where(np.abs(put) > np.abs(taken), -put, taken)}
     gained = circuits[1] & ~circuits[0]
     row: Row = {"base": base.name, "tuned": tuned.name, "task": base.task}
     row |= {f"size_{side}": int(kept.sum()) for side, kept in zip(("base", "tuned"), circuits, strict=True)}
+    row |= {
+        GAINED: int(gained.sum()),
+        LOST: int((circuits[0] & ~circuits[1]).sum()),
+        KEPT: int((circuits[0] & circuits[1]).sum()),
+    }
     row["ceiling_exchanged"] = half_distance(effects["exchanged"], seed)
     row["ceiling_gain"] = max(half_distance(task.per_pair, seed) for task in (base, tuned))
     row["units"] = _unit_rows(base, tuned, circuits, looked, effects, row)
@@ -108,7 +112,7 @@ def _unit_rows(
     effects: dict[str, Float[np.ndarray, "pairs units"]],
     ceilings: Row,
 ) -> list[Row]:
-    """Return a row for every unit in a circuit or with a changed score, those of largest ``exchanged`` first."""
+    """Return a row for every unit that was looked at, those of largest ``exchanged`` first."""
     units = looked.nonzero().flatten().tolist()
     names, groups = base.space.names(), base.space.group_of(units)
     drawn = [np.abs(task.resampled_scores()[:, units]) for task in (base, tuned)]

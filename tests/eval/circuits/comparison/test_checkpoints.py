@@ -1,4 +1,4 @@
-"""Circuits of two checkpoints: exchanged weights against weights that are copied, and a model of which two parts were trained."""
+"""Circuits of two checkpoints: exchanged weights against copied ones, and a model of which two parts were trained."""
 
 import copy
 import importlib.util
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.comparison.checkpoints import _exchanged, changed_units, require_same_architecture
 from sparsary.eval.circuits.comparison.scored_task import score_task
-from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.scoring.roc import roc_auc

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsary.eval.circuits.compared_units import components, mlp_neurons
 from sparsary.eval.circuits.comparison.overlaps import EQUAL, cross_rows, difference_rows, overlap_rows, shared_rows
 from sparsary.eval.circuits.comparison.scored_task import score_task
-from sparsary.eval.circuits.compared_units import components, mlp_neurons
 from sparsary.eval.circuits.known import siit
 from sparsary.eval.circuits.known.siit import SHARING, TOLERANCE, distances_of, trained_together
 from sparsary.eval.circuits.methods import METHODS

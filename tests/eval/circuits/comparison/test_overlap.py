@@ -44,9 +44,10 @@ def test_chance_shares_what_drawing_within_groups_shares():
 def test_circuits_drawn_at_random_are_rarely_more_alike_than_chance():
     every = torch.ones(101, dtype=torch.bool)
     first = mask(*range(10), *range(41, 61))
-    values = []
-    for other in random_circuits(first, GROUPS, 60, seed=1):
-        values.append(chance_p(int((first & other).sum()), shared_by_chance(GROUPS, first, other, every, every)))
+    values = [
+        chance_p(int((first & other).sum()), shared_by_chance(GROUPS, first, other, every, every))
+        for other in random_circuits(first, GROUPS, 60, seed=1)
+    ]
     # As p-values of discrete counts are: none too small.
     assert np.mean(np.array(values) <= 0.05) <= 0.1
     assert chance_p(int(first.sum()), shared_by_chance(GROUPS, first, first, every, every)) == pytest.approx(1e-4)
