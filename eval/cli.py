@@ -243,6 +243,9 @@ def _circuits(
             help="Language model (hub id or directory); default: from the files. With --compare two: BASE, then TUNED."
         ),
     ] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="With --prompt: heads that carry the edges, and why they attend where they do.")
+    ] = False,
     *,
     options: "CheckpointOptions",
 ) -> None:
@@ -261,7 +264,7 @@ def _circuits(
             raise ValueError(
                 "--prompt: expected one CHECKPOINT and neither --task, --method nor --compare: it draws one text's graph."
             )
-        facts = attribution_graph(checkpoints[0], prompt, out, options=options)
+        facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention)
         print_fields(graph_summary(facts))
         for head, rows in graph_tables(facts):
             print()
@@ -269,6 +272,8 @@ def _circuits(
         print(f"\nresults: {facts['json_path']}")
         print(f"page: {facts['page_path']}")
         return
+    if attention:
+        raise ValueError("--attention: expected --prompt beside it, got none: it explains one text's graph.")
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
