@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ....training.activations.model import LanguageModel, tokenizer_content
+from ....training.activations.model import LanguageModel
 from ....training.activations.sites import find_block, n_layers
+from ....training.tokens import tokenizer_content
 from ..compared_units import n_heads
 from ..methods.exact import patched_drops
 from ..scoring.random_circuits import random_circuits

@@ -69,6 +69,10 @@ def test_text_of_results_does_not_become_html(compared):
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:|//)", html)
 
 
+def test_the_tables_of_the_documentation_are_those_of_the_page(pytestconfig):
+    assert comparison_markdown() in (pytestconfig.rootpath / "docs" / "circuits.md").read_text(encoding="utf-8")
+
+
 def test_every_column_of_the_page_is_a_figure_of_the_file(compared):
     rows = {OVERLAPS: "overlaps", DIFFERENCES: "differences"}
     for columns, table in rows.items():
