@@ -108,7 +108,7 @@ def evaluate(
 def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """Return the caller's inputs, and a transcoder's targets, as one tensor each."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
-    targets = dictionary.arguments()["kind"] != "sae"
+    targets = dictionary.arguments()["kind"] not in ("sae", "crosscoder")
     if pair and (targets or isinstance(activations, tuple)):
         x, y = (as_rows(side, "activations") for side in activations)
         return x, y
@@ -345,8 +345,8 @@ def evaluate_tensor(
     if half == 0:
         raise ValueError(f"activations: expected at least 2 tokens, got {x.shape[0]}.")
     kind = dictionary.arguments()["kind"]
-    if (y is None) != (kind == "sae"):
-        raise ValueError(f"activations: expected {'x alone' if kind == 'sae' else 'a pair (x, y)'} for a {kind}.")
+    if (y is None) != (kind in ("sae", "crosscoder")):
+        raise ValueError(f"activations: expected {'a pair (x, y)' if y is None else 'x alone'} for a {kind}.")
     targets = x if y is None else y
     if x.shape[1] != dictionary.d_in:
         raise ValueError(f"activations: expected width {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]}.")
