@@ -28,7 +28,7 @@ from ..tasks.pairs import BATCH, PromptPairs
 from ..units.ablation import Filler, ablation_values
 from ..units.space import Space, State
 from .overlaps import figure
-from .scored_task import Measured, ScoredTask, half_distance, mean, ratio
+from .scored_task import PairFigure, ScoredTask, half_distance, mean, mean_ratio
 
 # Units whose weights are exchanged one by one: those whose score changed most.
 LOOKED_AT = 200
@@ -122,7 +122,7 @@ def _unit_rows(
     for at, (unit, group) in enumerate(zip(units, groups, strict=True)):
         before, after = (bool(kept[unit]) for kept in circuits)
         scores = [float(task.values[unit]) for task in (base, tuned)]
-        gain = Measured(abs(scores[1]) - abs(scores[0]), *(float(end[at]) for end in ends))
+        gain = PairFigure(abs(scores[1]) - abs(scores[0]), *(float(end[at]) for end in ends))
         moved = {key: mean(values[:, unit]) for key, values in effects.items()}
         row = {"unit": names[unit], "group": group, "status": _status(before, after)}
         row |= {"score_base": scores[0], "score_tuned": scores[1]} | figure("gain", gain)
@@ -183,8 +183,8 @@ def _ablated(
     """Return the share of the tuned model's metric that is lost without the gained units, and its accuracy."""
     trials = tuned.trials
     fill = ablation_values(tuned.space, ablation, tuned.chosen_on, seed)
-    lost = [ratio(trials.full - trials.metric(~mask), trials.full - trials.empty) for mask in (gained, *masks)]
-    before, after = (accuracy(tuned.space, tuned.judged_on, kept, fill) for kept in (torch.ones_like(gained), ~gained))
+    lost = [mean_ratio(trials.full - trials.metric(~mask), trials.full - trials.empty) for mask in (gained, *masks)]
+    before, after = (accuracy_with(tuned.space, tuned.judged_on, kept, fill) for kept in (torch.ones_like(gained), ~gained))
     return figure("lost", lost[0]) | _floor([each.value for each in lost[1:]]) | _accuracies(before, after)
 
 
@@ -194,14 +194,14 @@ def _put(base: ScoredTask, tuned: ScoredTask, gained: Bool[Tensor, " units"], ma
     def fill(some: PromptPairs) -> State:
         return tuned.space.see(some.clean)[1]
 
-    def share(mask: Bool[Tensor, " units"]) -> Measured:
-        return ratio(
+    def share(mask: Bool[Tensor, " units"]) -> PairFigure:
+        return mean_ratio(
             run_metric(base.space, base.judged_on, ~mask, fill) - base.trials.full, tuned.trials.full - base.trials.full
         )
 
     closed = [share(mask) for mask in (gained, *masks)]
     every = share(torch.ones_like(gained))
-    before, after = (accuracy(base.space, base.judged_on, kept, fill) for kept in (torch.ones_like(gained), ~gained))
+    before, after = (accuracy_with(base.space, base.judged_on, kept, fill) for kept in (torch.ones_like(gained), ~gained))
     found = figure("closed", closed[0]) | _floor([each.value for each in closed[1:]]) | _accuracies(before, after)
     return found | {"closed_by_all": figure("value", every)["value"]}
 
@@ -222,7 +222,7 @@ def run_metric(space: Space, pairs: PromptPairs, kept: Tensor, fill: Filler) -> 
 
 
 @torch.no_grad()
-def accuracy(space: Space, pairs: PromptPairs, kept: Tensor, fill: Filler) -> PerPair:
+def accuracy_with(space: Space, pairs: PromptPairs, kept: Tensor, fill: Filler) -> PerPair:
     """Return the share of every pair's questions that are answered right, with units taken from ``fill``."""
     return _each(space, pairs, kept, fill, PromptPairs.right)
 

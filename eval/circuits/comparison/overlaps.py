@@ -23,7 +23,7 @@ from ..scoring.overlap import (
     swap_p,
 )
 from ..scoring.random_circuits import random_circuits
-from .scored_task import Measured, ScoredTask
+from .scored_task import PairFigure, ScoredTask
 
 EQUAL, FAITHFUL = "equal size", "faithfulness 0.8"
 # Share of all units in a circuit if none reaches faithfulness 0.8.
@@ -101,7 +101,7 @@ def _correlation(a: ScoredTask, b: ScoredTask) -> Row:
         return figure("spearman", None)
     found = rank_correlation(*(np.abs(task.values[either]) for task in (a, b)))
     low, high = percentiles(rank_correlation(*(np.abs(task.resampled_scores()[:, either]) for task in (a, b))))
-    return figure("spearman", Measured(float(found), float(low), float(high)))
+    return figure("spearman", PairFigure(float(found), float(low), float(high)))
 
 
 def cross_rows(tasks: Sequence[ScoredTask], n_random: int, seed: int = 0) -> list[Row]:
@@ -162,7 +162,7 @@ def shared_rows(tasks: Sequence[ScoredTask]) -> list[Row]:
     return sorted(rows, key=lambda row: (-len(row["circuits"]), -sum(abs(score) for score in row["scores"].values())))[:LISTED]
 
 
-def figure(key: str, measured: Measured | None) -> Row:
+def figure(key: str, measured: PairFigure | None) -> Row:
     """Return the entries of a figure and its interval, None if it was not measured or is not finite."""
     values = (None,) * 3 if measured is None else (measured.value, measured.low, measured.high)
     return dict(zip((key, f"{key}_low", f"{key}_high"), (_number(value) for value in values), strict=True))

@@ -32,7 +32,7 @@ ROWS = 100
 
 
 @dataclass(frozen=True)
-class Measured:
+class PairFigure:
     """A figure with the 95 % bootstrap interval over pairs; all are NaN if it is not defined."""
 
     value: float
@@ -97,11 +97,11 @@ class ScoredTask:
         first = half_weights(len(self.per_pair), seed + self.pairs_number)
         return np.stack([members(weights @ self.per_pair, size) for weights in (first, _others(first))])
 
-    def faithfulness(self, kept: Bool[Tensor, " units"]) -> Measured:
+    def faithfulness(self, kept: Bool[Tensor, " units"]) -> PairFigure:
         """Return the faithfulness of a circuit on the pairs that chose neither its units nor the sizes of circuits."""
         trials = self.trials
         kept_metric, full, empty = (x[MEASURED_ON] for x in (trials.metric(kept), trials.full, trials.empty))
-        return ratio(kept_metric - empty, full - empty)
+        return mean_ratio(kept_metric - empty, full - empty)
 
     def faithfulness_of(self, kept: Bool[Tensor, " units"]) -> float:
         """Return the same without an interval."""
@@ -179,17 +179,17 @@ def half_distance(effects: Float[np.ndarray, "pairs units"], seed: int) -> float
     return float(apart.max(1).mean())
 
 
-def ratio(above: Float[np.ndarray, " pairs"], below: Float[np.ndarray, " pairs"], seed: int = 0) -> Measured:
+def mean_ratio(above: Float[np.ndarray, " pairs"], below: Float[np.ndarray, " pairs"], seed: int = 0) -> PairFigure:
     """Return the ratio of two means over pairs with its interval; NaN if it is not defined."""
     weights = np.stack(list(resamples(len(above), seed)))
     with np.errstate(divide="ignore", invalid="ignore"):
         value, drawn = above.mean() / below.mean(), (weights @ above) / (weights @ below)
     if not np.isfinite(value) or not np.isfinite(drawn).all():
-        return Measured(float(value) if np.isfinite(value) else np.nan, np.nan, np.nan)
+        return PairFigure(float(value) if np.isfinite(value) else np.nan, np.nan, np.nan)
     low, high = percentiles(drawn)
-    return Measured(float(value), float(low), float(high))
+    return PairFigure(float(value), float(low), float(high))
 
 
-def mean(values: Float[np.ndarray, " pairs"], seed: int = 0) -> Measured:
+def mean(values: Float[np.ndarray, " pairs"], seed: int = 0) -> PairFigure:
     """Return the mean over pairs with its interval."""
-    return ratio(values, np.ones_like(values), seed)
+    return mean_ratio(values, np.ones_like(values), seed)

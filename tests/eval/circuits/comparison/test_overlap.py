@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.circuits.comparison.scored_task import half_distance, half_weights, members, ratio
+from sparsary.eval.circuits.comparison.scored_task import half_distance, half_weights, mean_ratio, members
 from sparsary.eval.circuits.scoring.faithfulness import jaccard
 from sparsary.eval.circuits.scoring.overlap import (
     chance_p,
@@ -111,8 +111,8 @@ def test_halves_divide_the_pairs_and_their_distance_is_the_noise():
 def test_a_ratio_of_means_has_an_interval_or_none():
     rng = np.random.default_rng(1)
     below = 2 + rng.normal(size=80)
-    found = ratio(below / 2 + rng.normal(size=80) / 10, below)
+    found = mean_ratio(below / 2 + rng.normal(size=80) / 10, below)
     assert found.low < found.value < found.high
     assert found.value == pytest.approx(0.5, abs=0.05)
-    nothing = ratio(np.ones(4), np.zeros(4))
+    nothing = mean_ratio(np.ones(4), np.zeros(4))
     assert np.isnan([nothing.value, nothing.low, nothing.high]).all()
