@@ -169,7 +169,7 @@ def main(out: Path, n_pairs: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/compared"))
     parser.add_argument("--pairs", type=int, default=100)
     arguments = parser.parse_args()
