@@ -81,6 +81,7 @@ def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list
             f"{store.directory}  {'complete' if manifest['complete'] else 'interrupted: harvest again to continue'}",
         ),
         ("model", f"{manifest['model']['id']}  {manifest['model']['dtype']}"),
+        *_tuned(manifest["model"]),
         ("text", f"{manifest['text']['source']}, contexts of {manifest['text']['context_length']} tokens"),
         ("tokens", f"{store.tokens('train'):,} training, {store.tokens('heldout'):,} held-out, stored as {manifest['dtype']}"),
         ("excluded", _excluded(manifest["exclude"]["special"], manifest["exclude"]["leading"])),
@@ -98,6 +99,12 @@ def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list
     return lines, problems
 
 
+def _tuned(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a line about the second of two models."""
+    tuned = model.get("tuned")
+    return [("tuned model", f"{tuned['id']}  {tuned['dtype']}")] if tuned else []
+
+
 # Kinds that reconstruct what they read, on one scale.
 ONE_SIDED = ("sae", "crosscoder")
 
@@ -112,6 +119,7 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
         ("dictionary", f"{_sizes(config['dictionary'])}, {arguments}"),
         ("parameters", f"{sum(p.numel() for p in dictionary.parameters()):,}"),
         ("model", str((source.get("model") or {}).get("id", "unknown"))),
+        *_tuned(source.get("model") or {}),
         *_hooks(source),
         ("input scale", _span(dictionary.in_scale)),
         *([("output scale", _span(dictionary.out_scale))] if config["dictionary"]["kind"] not in ONE_SIDED else []),

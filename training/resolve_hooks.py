@@ -10,7 +10,7 @@ from typing import Any
 from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
-from .activations.model import LanguageModel, load_model, load_model_for, load_tokenizer, section_content, skeleton
+from .activations.model import LanguageModel, each_model, load_model, load_model_for, load_tokenizer, section_content, skeleton
 from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .content import Content
@@ -105,11 +105,11 @@ class ModelOutline:
     def text_problems(self, text: TextSection) -> list[str]:
         """Return one line for each way in which the text's contexts or the tokenizer do not fit the model."""
         if text not in self._text_problems:
-            length = text.context_length
-            self._text_problems[text] = [
-                *(context_problems(self.model, length) or untrained_positions(self.model, length)),
-                *tokenizer_problems(self.model, self.tokenizer, text),
-            ]
+            length, found = text.context_length, []
+            for model in each_model(self.model):
+                found += context_problems(model, length) or untrained_positions(model, length)
+                found += tokenizer_problems(model, self.tokenizer, text)
+            self._text_problems[text] = found
         return self._text_problems[text]
 
 

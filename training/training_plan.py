@@ -77,6 +77,7 @@ class TrainingPlan:
         reach = "the whole store" if not live else "one buffer"
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}{_quantized(recipe)}"),
+            *([] if recipe.model.tuned is None else [("tuned model", f"{recipe.model.tuned.id}  {recipe.model.tuned.dtype}")]),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
             *([] if self.text is None else [("text holds", self.text.words())]),
             (

@@ -27,7 +27,7 @@ from ...training.report import METRICS_FILE, check_log
 from ...training.stages import StageProgress, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, with_grids_members, with_model
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, of_one_model, open_checkpoint, with_grids_members, with_model
 from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -166,6 +166,7 @@ def evaluate_loaded(
             f"metric_options: expected names among {', '.join(group.name for group in GROUPS)}, got {unknown[0]!r}."
         )
     outs = outs or [None] * len(several)
+    several = [of_one_model(opened, "sparsary eval") for opened in several]
     stacks = [opened for opened in several if opened.in_place_together]
     if selection != DEFAULT_INFERENCE and stacks:
         raise ValueError(

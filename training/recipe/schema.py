@@ -11,8 +11,11 @@ from .fields import Betas, Hooks, Layers, Names, ObjectiveName, OnBadRow, Place,
 from .text_schema import TextSection
 
 
-class ModelSection(Section):
-    """Language model whose activations are studied."""
+class TunedSection(Section):
+    """Fine-tuned model, run on the token ids of the first: its hooks are ``tuned/HOOK``, those of the first ``base/HOOK``.
+
+    Keys that ``models: [BASE, TUNED]`` leaves out for the tuned model are those of the base.
+    """
 
     id: Place = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
@@ -36,6 +39,23 @@ class ModelSection(Section):
         default=False,
         description="run Python code from the model's repository; it has your permissions on this machine, so read it first",
     )
+
+
+class ModelSection(TunedSection):
+    """Language model whose activations are studied."""
+
+    tuned: TunedSection | None = Field(
+        default=None,
+        description="second model, compared with this one on the same token ids; `models: [BASE, TUNED]` is short for both",
+    )
+
+    @property
+    def pair(self) -> "tuple[ModelSection, ModelSection] | None":
+        """Sections of the base and the tuned model; ``None`` for one model."""
+        if self.tuned is None:
+            return None
+        tuned = ModelSection.model_validate(self.tuned.model_dump())
+        return self.model_copy(update={"tuned": None}), tuned
 
 
 class ExcludeSection(Section):

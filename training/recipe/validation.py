@@ -13,6 +13,7 @@ from ...sae.encoders import ENCODERS, build_encoder
 from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
+from .model_pair import pair_problems
 from .schema import MLP_START, DictionarySection, Recipe, total_steps
 from .text_checks import check_text
 
@@ -85,6 +86,16 @@ def check_together(recipe: Recipe) -> list[str]:
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
     for index, hook in enumerate(recipe.harvest.hooks):
         problems += _check_hook(f"harvest.hooks.{index}", hook, recipe.model.id)
+    if not problems:
+        hooks = {f"dictionary.{named[0]}": section.all_hooks} if named else {}
+        problems += pair_problems(recipe.model, {**hooks, "harvest.hooks": recipe.harvest.hooks})
+        if recipe.model.tuned is not None and not section.resolved:
+            problems.append("dictionary.site: expected hooks with two models, which may differ in their layers. Give hook.")
+        if recipe.model.tuned is not None and (recipe.uses_kl or recipe.harvest.gradients):
+            key = "objective" if recipe.uses_kl else "harvest.gradients"
+            problems.append(
+                f"{key}: expected {'reconstruction' if recipe.uses_kl else 'false'} with two models, whose losses differ."
+            )
     if recipe.harvest.store is not None and recipe.harvest.tokens is None:
         problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
