@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import eval, sae, training, transcoders  # noqa: A004
     from .eval.attribution_graphs.run import attribution_graph
     from .eval.circuits.benchmark import CircuitSettings, circuits
+    from .eval.circuits.comparison.run import compare_circuits
     from .eval.compare.run import compare
     from .eval.diff.run import diff
     from .eval.features.run import Explainer, features
@@ -63,6 +64,7 @@ __all__ = [
     "attribution_graph",
     "circuits",
     "compare",
+    "compare_circuits",
     "convert",
     "diff",
     "eval",
@@ -95,6 +97,7 @@ _HOMES = {
     "training.run": "harvest train",
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
+    "eval.circuits.comparison.run": "compare_circuits",
     "eval.compare.run": "compare",
     "eval.diff.run": "diff",
     "eval.features.run": "Explainer features",

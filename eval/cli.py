@@ -73,7 +73,7 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 def _sources(arguments: dict[str, Any]) -> str:
     """Return the checkpoints among a command's arguments."""
     given = next(arguments[name] for name in ("checkpoints", "checkpoint", "path") if name in arguments)
-    return given if isinstance(given, str) else ", ".join(given)
+    return given if isinstance(given, str) else ", ".join(given or arguments.get("model") or ())
 
 
 @app.command("eval")
@@ -200,11 +200,12 @@ def _probe(
 @_reads_dictionaries
 def _circuits(
     checkpoints: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT...", help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids."
+            metavar="CHECKPOINT...",
+            help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids; --compare needs none with --model.",
         ),
-    ],
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option("--task", help="Task name, or file of prompt pairs (JSONL); repeatable. Default: ioi.")
     ] = None,
@@ -221,6 +222,27 @@ def _circuits(
     prompt: Annotated[
         str | None, typer.Option(help="Compute the attribution graph of this text instead; for transcoders.")
     ] = None,
+    random_circuits: Annotated[
+        int | None,
+        typer.Option(
+            "--random-circuits",
+            help="Random circuits per size, of equal counts per hook: a floor. Default: 0; 10 with --compare.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare the circuits of several tasks, or of two models: circuit_comparison.html."),
+    ] = False,
+    repair: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="With --compare: units of task A that B lacks do in B's runs what they do in A's."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Language model (hub id or directory); default: from the files. With --compare two: BASE, then TUNED."
+        ),
+    ] = None,
     attention: Annotated[
         bool, typer.Option("--attention", help="With --prompt: heads that carry the edges, and why they attend where they do.")
     ] = False,
@@ -235,12 +257,20 @@ def _circuits(
     options: "CheckpointOptions",
 ) -> None:
     """Find circuits of latents on prompt pairs, and compare them with neurons, heads and random features: circuits.html."""
+    compare = compare or repair is not None
+    if not checkpoints and not compare:
+        raise ValueError("CHECKPOINT: expected one or more, got none. Give a dictionary, or --compare with --model.")
+    if model is not None and len(model) > 1 and not compare:
+        raise ValueError(f"--model: expected one, got {len(model)}. Add --compare to compare two checkpoints of a model.")
+    checkpoints, options = checkpoints or [], replace(options, model=model[0] if model else None)
     if prompt is not None:
         from .attribution_graphs.run import attribution_graph
         from .attribution_graphs.summary import graph_summary, graph_tables
 
-        if task or method or len(checkpoints) > 1:
-            raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
+        if task or method or compare or len(checkpoints) != 1:
+            raise ValueError(
+                "--prompt: expected one CHECKPOINT and neither --task, --method nor --compare: it draws one text's graph."
+            )
         counts = _level_counts(levels)
         facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention, levels=counts)
         print_fields(graph_summary(facts))
@@ -256,17 +286,24 @@ def _circuits(
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
-    checkpoints = with_grids_members(checkpoints)
-    chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
+    methods = {"methods": tuple(method)} if method else {"methods": ("attribution",)} if compare else {}
+    tasks = {"tasks": tuple(task)} if task else {"tasks": repair} if repair else {}
     settings = CircuitSettings(
         ablation=ablation,
         corruption=corruption,
         pairs=pairs,
         seed=seed,
         edges=edges,
-        **{key: value for key, value in chosen.items() if value is not None},
+        random_circuits=random_circuits or 0,
+        **methods,
+        **tasks,
     )
-    found = circuits(checkpoints, settings, out, options)
+    if compare:
+        from .circuits.comparison.cli import compare_and_print
+
+        compare_and_print(checkpoints, settings, model or [], [repair] if repair else [], out, options)
+        return
+    found = circuits(with_grids_members(checkpoints), settings, out, options)
     print_table(*best_rows(found))
     print(f"results: {found['path']}")
     print(f"page: {found['page_path']}")

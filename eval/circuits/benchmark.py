@@ -45,6 +45,7 @@ from .scoring.faithfulness import (
     smallest_size,
     stability,
 )
+from .scoring.random_circuits import floor_curve
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved
 from .trained_positions import prompt_fit
@@ -84,9 +85,11 @@ class CircuitSettings:
         pairs: Number of prompt pairs per task: half for discovery, half for evaluation.
         seed: Seed of prompts, random dictionaries and resampling.
         edges: Also rank the edges between heads and MLPs.
+        random_circuits: Number of random circuits per size, with as many units per hook as the circuit found: a floor of its
+            curve. Each takes as long to evaluate as the circuit.
 
     Raises:
-        ValueError: If a method or the ablation is unknown, or there are fewer than 4 pairs.
+        ValueError: If a method or the ablation is unknown, there are fewer than 4 pairs, or fewer than 0 random circuits.
 
     >>> import sparsary
     >>> sparsary.CircuitSettings(tasks=("ioi", "greater_than"), pairs=40).methods
@@ -100,6 +103,7 @@ class CircuitSettings:
     pairs: int = DEFAULT_PAIRS
     seed: int = 0
     edges: bool = False
+    random_circuits: int = 0
 
     def __post_init__(self) -> None:
         for name, asked, known in (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS)):
@@ -109,6 +113,8 @@ class CircuitSettings:
             raise ValueError(
                 f"--pairs: expected at least 4, half to discover circuits and half to evaluate them, got {self.pairs}."
             )
+        if self.random_circuits < 0:
+            raise ValueError(f"--random-circuits: expected 0 or more, got {self.random_circuits}.")
 
 
 DEFAULT_SETTINGS = CircuitSettings()
@@ -260,7 +266,8 @@ class _Task:
         row |= self._sizes(trials, scores, order, along)
         row |= self._agreement(space, scores)
         found["rows"].append(row)
-        found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
+        drawn = _drawn(along) | (_floor(trials, order, sizes, settings) if settings.random_circuits else {})
+        found["curves"].append({key: row[key] for key in ("task", "family", "method")} | drawn)
         size = row[_nodes(LEVEL)]
         if isinstance(space, EdgeSpace):
             kept = _mask(order[: size or 0], space.size)
@@ -356,6 +363,12 @@ def _drawn(along: FaithfulnessCurve) -> Row:
     low, high = pair_interval(FaithfulnessCurve.faithfulness, along)
     values = {"faithfulness": along.faithfulness(), "low": low, "high": high, "completeness": along.completeness()}
     return {"sizes": list(along.sizes)} | {name: [_number(value) for value in row] for name, row in values.items()}
+
+
+def _floor(trials: Trials, order: torch.Tensor, sizes: Sequence[int], settings: CircuitSettings) -> Row:
+    """Return the faithfulness of random circuits of equal counts per group by size: their mean, and the best of each size."""
+    floor = floor_curve(trials, order, sizes, settings.random_circuits, settings.seed)
+    return {"floor": [_number(value) for value in floor.mean], "floor_best": [_number(value) for value in floor.best]}
 
 
 def _nodes(level: float) -> str:

@@ -90,6 +90,8 @@ def panel(found: Row, task: str, method: str, key: str, families: list[str]) -> 
     curves = [entry for entry in found["curves"] if (entry["task"], entry["method"]) == (task, method)]
     nodes = {row["family"]: row.get("nodes_80") for row in found["rows"] if (row["task"], row["method"]) == (task, method)}
     values = np.concatenate([_values(entry, key) for entry in curves] or [np.zeros(0)])
+    if key == "faithfulness" and any(entry.get("floor_best") for entry in curves):
+        note += " Dotted: the best of the random circuits with equal counts per hook."
     known = values[np.isfinite(values)]
     if len(known) and (known.min() < LOWEST or known.max() > HIGHEST):
         note += f" Values outside {LOWEST:g} to {HIGHEST:g} are cut off.".replace("-", "\u2212")
@@ -118,6 +120,10 @@ def draw_curves(ax: Axes, curves: list[Row], families: list[str], key: str, node
         there = np.isfinite(values)
         (line,) = ax.plot(x[there], values[there], color=color, linewidth=1.9, dashes=dash(index) or (None, None), zorder=3)
         line.set_gid(_mark("line", key, entry, index))
+        if key == "faithfulness" and entry.get("floor_best"):
+            floor = _values(entry, "floor_best")
+            (below,) = ax.plot(x, floor, color=color, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=2)
+            below.set_gid(_mark("line", "floor", entry, index))
         size = nodes.get(entry["family"])
         if size is not None:
             dot = ax.scatter(positions([size]), [LEVEL], s=26, color=color, zorder=4)

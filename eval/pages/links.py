@@ -20,6 +20,7 @@ PLACES = {
     "report": ("report.html",),
     "features": ("features/features.html", "features.html"),
     "circuits": ("circuits/circuits.html", "circuits.html"),
+    "circuit comparison": ("circuits/circuit_comparison.html", "circuit_comparison.html"),
     "graph": ("graph/graph.html", "graph.html"),
     "probing": ("probing/probing.html", "probing.html"),
     "diff": ("diff/diff.html", "diff.html"),
@@ -114,20 +115,32 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         tokens = result.get("tokens_asked")
         words += ["--tokens", tokens] if tokens else []
         words += ["--labels", result["labels"]] if result.get("labels") else []
-    elif label == "circuits" and result.get("checkpoints"):
+    elif label in ("circuits", "circuit comparison") and (result.get("checkpoints") or result.get("models")):
         words += ["circuits", *result["checkpoints"]]
+        words += [word for model in _named_models(result) for word in ("--model", model)]
         words += [word for task in result["tasks"] for word in ("--task", task)]
         words += [word for method in result.get("methods") or () for word in ("--method", method)]
         words += [word for key in ("ablation", "corruption", "pairs") if result.get(key) for word in (f"--{key}", result[key])]
         words += ["--edges"] if result.get("edges") else []
+        words += ["--random-circuits", result["random_circuits"]] if result.get("random_circuits") else []
+        words += ["--compare"] if label == "circuit comparison" else []
+        words += ["--out", result["out"]] if result.get("out") else []
+        words += [word for two in result.get("repairs_asked") or () for word in ("--repair", *two)]
     elif label == "graph" and result.get("transcoders"):
         words += ["circuits", result["transcoders"], "--prompt", result["prompt"]]
     elif label == COMPARISON and result.get("runs"):
         words += ["compare", *(run["directory"] for run in result["runs"])]
     else:
         return ""
-    words += ["--seed", result["seed"]] if label in ("circuits", "probing", "diff") and result.get("seed") else []
+    seeded = ("circuits", "circuit comparison", "probing", "diff")
+    words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
+
+
+def _named_models(result: Mapping[str, Any]) -> list[str]:
+    """Return the models that a comparison of circuits was given; those of dictionaries need no mention."""
+    models = result.get("models") or []
+    return models if len(models) > 1 or not result.get("checkpoints") else []
 
 
 def _pages(label: str, directories: list[Path]) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from ...sae.files import read_json, require_crc32, write_text
 from .attribution_graph import render_graph
+from .circuit_comparison import render_circuit_comparison
 from .circuits import render_circuits
 from .diff import render_diff
 from .drawn_latents import drawn_latents
@@ -42,10 +43,10 @@ def render_file(path: str | Path) -> Path:
     """Render a result file as an HTML page next to it (written atomically).
 
     Args:
-        path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``features.json`` or
-            ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``; other names work too. Related files of the run
-            are read as well: its ``metrics.jsonl``, the files of features, a graph's ``graph-page.json``, probing's
-            ``factors.jsonl``.
+        path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``circuit_comparison.json``,
+            ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``; other names work too.
+            Related files of the run are read as well: its ``metrics.jsonl``, the files of features, a graph's
+            ``graph-page.json``, probing's ``factors.jsonl``.
 
     The page links to the other pages of the run, which are made to link to it; a report beside new features is rendered again
     to show example latents.
@@ -70,7 +71,8 @@ def render_file(path: str | Path) -> Path:
     kind = next((kind for kind in KINDS if isinstance(found, dict) and kind.entries <= found.keys()), None)
     if kind is None:
         names = (
-            "report.json, comparison.json, circuits.json, features.json, features.jsonl, graph.json, probing.json, diff.json"
+            "report.json, comparison.json, circuits.json, circuit_comparison.json, features.json, features.jsonl, graph.json, "
+            "probing.json, diff.json"
         )
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
@@ -185,6 +187,12 @@ KINDS = (
         "sparsary compare",
         "comparison",
         lambda path, found: render_recipes(found, _reports(path)),
+    ),
+    ResultKind(
+        frozenset({"circuit_comparison_version"}),
+        "sparsary circuits --compare",
+        "circuit comparison",
+        lambda path, found: render_circuit_comparison(found),
     ),
     ResultKind(frozenset({"rows", "curves", "circuits"}), "sparsary circuits", "circuits", _circuits),
     ResultKind(

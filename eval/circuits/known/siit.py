@@ -39,15 +39,26 @@ Values = dict[str, Float[Tensor, "contexts positions"]]
 class Program:
     """Program of named variables: ``run(token_ids, given)`` computes all of them except those in ``given``.
 
-    The last variable is the output, one real number. ``places`` maps variables to nodes, ``edges`` is the circuit of these
-    nodes. Tokens are 0 (BOS, always first) to ``d_vocab - 1``.
+    ``places`` maps variables to nodes. ``circuits`` maps the variables that are outputs, one logit each, to the edges that
+    compute them. Tokens are 0 (BOS, always first) to ``d_vocab - 1``.
     """
 
     name: str
     places: dict[str, str]
-    edges: str
+    circuits: dict[str, str]
     d_vocab: int
     run: Callable[[Int[Tensor, "contexts positions"], Mapping[str, Tensor]], Values]
+
+    def outputs(
+        self, token_ids: Int[Tensor, "contexts positions"], given: Mapping[str, Tensor]
+    ) -> Float[Tensor, "contexts positions outputs"]:
+        """Return the outputs, in the order of the logits."""
+        values = self.run(token_ids, given)
+        return torch.stack([values[name] for name in self.circuits], -1)
+
+    def task(self, output: str) -> str:
+        """Return the name of the task to compute an output."""
+        return f"siit_{self.name}" if len(self.circuits) == 1 else f"siit_{self.name}_{output}"
 
 
 def _mean_so_far(x: Float[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions"]:
@@ -66,22 +77,41 @@ def _share_of_repeats(token_ids: Int[Tensor, "contexts positions"], given: Mappi
     return {"previous": previous, "repeats": repeats, "share": given.get("share", _mean_so_far(repeats))}
 
 
+def _x_three_ways(token_ids: Int[Tensor, "contexts positions"], given: Mapping[str, Tensor]) -> Values:
+    is_x = given.get("is_x", (token_ids == 2).float())
+    # BOS, which is no x, counts as its own predecessor.
+    before = given.get("before", torch.cat([is_x[:, :1], is_x[:, :-1]], 1))
+    return {"is_x": is_x, "before": before, "share": given.get("share", _mean_so_far(is_x))}
+
+
 PROGRAMS = {
     "share_of_x": Program(
         "share_of_x",
         {"is_x": "m0", "share": "a1.h2"},
-        "embed->m0 m0->a1.h2.v a1.h2->logits",
+        {"share": "embed->m0 m0->a1.h2.v a1.h2->logits"},
         4,
         _share_of_x,
     ),
     "share_of_repeats": Program(
         "share_of_repeats",
         {"previous": "a0.h1", "repeats": "m0", "share": "a1.h0"},
-        "embed->a0.h1.v a0.h1->m0 embed->m0 m0->a1.h0.v a1.h0->logits",
+        {"share": "embed->a0.h1.v a0.h1->m0 embed->m0 m0->a1.h0.v a1.h0->logits"},
         4,
         _share_of_repeats,
     ),
 }
+# Programs that share a variable, which is an output too: circuits that have a unit in common.
+SHARING = Program(
+    "x_three_ways",
+    {"is_x": "m0", "before": "a1.h0", "share": "a1.h2"},
+    {
+        "is_x": "embed->m0 m0->logits",
+        "before": "embed->m0 m0->a1.h0.v a1.h0->logits",
+        "share": "embed->m0 m0->a1.h2.v a1.h2->logits",
+    },
+    4,
+    _x_three_ways,
+)
 
 
 def trained(name: str, n_pairs: int = 16, seed: int = 0, max_steps: int = 3000) -> Known:
@@ -92,15 +122,35 @@ def trained(name: str, n_pairs: int = 16, seed: int = 0, max_steps: int = 3000) 
     """
     require_choice("name", name, PROGRAMS)
     program = PROGRAMS[name]
-    model = train_siit(program, seed, max_steps)
-    known = made(f"siit_{name}", model, _pairs(program, n_pairs, seed), {"resample": program.edges}, {})
-    return replace(known, exact=False)
+    (known,) = _known(program, train_siit(program, seed, max_steps), n_pairs, seed).values()
+    return known
+
+
+def trained_together(n_pairs: int = 16, seed: int = 0, max_steps: int = 6000) -> dict[str, Known]:
+    """Train one transformer to implement three programs that share a variable; return the circuit of each output.
+
+    Takes about a minute on one core.
+
+    Raises:
+        ValueError: If ``max_steps`` were not enough.
+    """
+    return _known(SHARING, train_siit(SHARING, seed, max_steps), n_pairs, seed)
+
+
+def _known(program: Program, model: ToyTransformer, n_pairs: int, seed: int) -> dict[str, Known]:
+    """Return the known circuit of every output."""
+    found = {}
+    for column, (output, edges) in enumerate(program.circuits.items()):
+        pairs = _pairs(program, n_pairs, seed, column)
+        known = made(program.task(output), model, pairs, {"resample": edges}, {})
+        found[output] = replace(known, exact=False)
+    return found
 
 
 def train_siit(program: Program, seed: int, max_steps: int) -> ToyTransformer:
     """Train a model to implement the program to within ``TOLERANCE``."""
     draw = torch.Generator().manual_seed(seed)
-    config = ToyConfig(2, 4, 32, 8, LENGTH, program.d_vocab, 1, d_mlp=64, activation="gelu")
+    config = ToyConfig(2, 4, 32, 8, LENGTH, program.d_vocab, len(program.circuits), d_mlp=64, activation="gelu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ToyTransformer(config)
@@ -128,39 +178,41 @@ def train_siit(program: Program, seed: int, max_steps: int) -> ToyTransformer:
 
 def _loss(model: ToyTransformer, program: Program, variable: str, other: str, draw: torch.Generator) -> Tensor:
     base, source = (siit_prompts(program, BATCH, draw) for _ in range(2))
-    right, swapped = program.run(base, {}), program.run(base, {variable: program.run(source, {})[variable]})
-    *_, output = program.places
-    scale = right[output].var()
+    right, swapped = program.outputs(base, {}), program.outputs(base, {variable: program.run(source, {})[variable]})
+    scale = right.var((0, 1))
 
     def off(said: Tensor, expected: Tensor) -> Tensor:
-        return (said - expected).pow(2).mean() / scale
+        return ((said - expected).pow(2) / scale).mean()
 
     with _watched(model) as written:
         model(source)
     with _swapped(model, program.places[variable], written):
-        interchange = off(model(base).logits[..., 0], swapped[output])
+        interchange = off(model(base).logits, swapped)
     with _swapped(model, other, written):
-        strict = off(model(base).logits[..., 0], right[output])
-    behaviour = off(model(base).logits[..., 0], right[output])
+        strict = off(model(base).logits, right)
+    behaviour = off(model(base).logits, right)
     return BEHAVIOUR * behaviour + INTERCHANGE * interchange + STRICT * strict
 
 
 @torch.no_grad()
 def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: int = 512) -> dict[str, float]:
-    """Return the mean distance of outputs from their targets, unpatched and with each node patched from other prompts."""
+    """Return the mean distance of the worst output from its target, unpatched and with each node patched from other prompts."""
     draw = torch.Generator().manual_seed(seed)
     base, source = (siit_prompts(program, n_prompts, draw) for _ in range(2))
     there = program.run(source, {})
-    *_, output = program.places
     with _watched(model) as written:
         model(source)
-    expected = {node: program.run(base, {name: there[name]})[output] for name, node in program.places.items()}
-    right = program.run(base, {})[output]
-    distances = {"as it is": float((model(base).logits[..., 0] - right).abs().mean())}
+    expected = {node: program.outputs(base, {name: there[name]}) for name, node in program.places.items()}
+    right = program.outputs(base, {})
+
+    def distance(said: Tensor, target: Tensor) -> float:
+        return float((said - target).abs().mean((0, 1)).max())
+
+    distances = {"as it is": distance(model(base).logits, right)}
     for node in node_names(model.config)[1:]:
         with _swapped(model, node, written):
-            said = model(base).logits[..., 0]
-        distances[node] = float((said - expected.get(node, right)).abs().mean())
+            said = model(base).logits
+        distances[node] = distance(said, expected.get(node, right))
     return distances
 
 
@@ -223,18 +275,18 @@ def _swapped(model: ToyTransformer, node: str, written: dict[str, Tensor]) -> It
         handle.remove()
 
 
-def _pairs(program: Program, n_pairs: int, seed: int) -> PromptPairs:
-    """Return pairs whose clean prompt has the larger shares, asked where they are larger by more than 0.2."""
+def _pairs(program: Program, n_pairs: int, seed: int, column: int) -> PromptPairs:
+    """Return pairs whose clean prompt has the larger values of an output, asked where they are larger by more than 0.2."""
     draw = torch.Generator().manual_seed(seed + 2)
-    *_, output = program.places
     clean, corrupted, questions = [], [], []
     while len(clean) < n_pairs:
         both = siit_prompts(program, 2, draw)
-        shares = program.run(both, {})[output]
+        shares = program.outputs(both, {})[..., column]
         more = int(shares[1].sum() > shares[0].sum())
         asked = ((shares[more] - shares[1 - more]) > 0.2).nonzero()[:, 0].tolist()
         if asked:
             clean.append(both[more])
             corrupted.append(both[1 - more])
-            questions.append(tuple(Question(position, (0,), ()) for position in asked))
-    return equal_pairs(f"siit_{program.name}", "other prompt", torch.stack(clean), torch.stack(corrupted), questions)
+            questions.append(tuple(Question(position, (column,), ()) for position in asked))
+    task = program.task(list(program.circuits)[column])
+    return equal_pairs(task, "other prompt", torch.stack(clean), torch.stack(corrupted), questions)

@@ -10,7 +10,7 @@ Source: Heimersheim and Nanda 2024, arXiv:2404.15255.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ....sae.suggestions import require_choice
@@ -64,33 +64,35 @@ class ExactPatching(Method):
         differs = (space.distance(clean, corrupted) > 0).cpu() & asked
         found = []
         if self.direction != "denoising":
-            found.append(self._without(space, pairs, pairs.clean, pairs.measure(logits), corrupted, differs))
+            found.append(patched_drops(space, pairs, pairs.clean, pairs.measure(logits), corrupted, differs, self.rows))
         if self.direction != "noising":
-            found.append(-self._without(space, pairs, pairs.corrupted, pairs.measure(other), clean, differs))
+            found.append(-patched_drops(space, pairs, pairs.corrupted, pairs.measure(other), clean, differs, self.rows))
         effects = found[0] if len(found) == 1 else torch.where(found[0].abs() >= found[1].abs(), *found)
         effects[:, ~asked] = torch.nan
         return effects
 
-    def _without(
-        self,
-        space: Space,
-        pairs: PromptPairs,
-        token_ids: Tensor,
-        whole: Tensor,
-        filler: State,
-        differs: Bool[Tensor, "pairs units"],
-    ) -> Float[Tensor, "pairs units"]:
-        """Return the drop of the metric below ``whole`` if a unit that differs is taken from ``filler``."""
-        effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
-        # Ordered by unit, so that units of one part, which may be slow to run, share passes.
-        runs = differs.T.nonzero()
-        for start in range(0, len(runs), self.rows):
-            units, rows = runs[start : start + self.rows].unbind(1)
-            kept = torch.ones(len(rows), space.size, dtype=torch.bool)
-            kept[torch.arange(len(rows)), units] = False
-            logits = space.run(token_ids[rows], kept, _rows(filler, rows))
-            effects[rows, units] = (whole[rows.to(whole.device)] - pairs.take(rows).measure(logits)).cpu()
-        return effects
+
+@torch.no_grad()
+def patched_drops(
+    space: Space,
+    pairs: PromptPairs,
+    token_ids: Int[Tensor, "pairs positions"],
+    whole: Float[Tensor, " pairs"],
+    filler: State,
+    differs: Bool[Tensor, "pairs units"],
+    rows: int = ROWS,
+) -> Float[Tensor, "pairs units"]:
+    """Return the drop of the metric below ``whole`` if a unit that differs is taken from ``filler``, alone; 0 for others."""
+    effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
+    # Ordered by unit, so that units of one part, which may be slow to run, share passes.
+    runs = differs.T.nonzero()
+    for start in range(0, len(runs), rows):
+        units, at = runs[start : start + rows].unbind(1)
+        kept = torch.ones(len(at), space.size, dtype=torch.bool)
+        kept[torch.arange(len(at)), units] = False
+        logits = space.run(token_ids[at], kept, _rows(filler, at))
+        effects[at, units] = (whole[at.to(whole.device)] - pairs.take(at).measure(logits)).cpu()
+    return effects
 
 
 def _rows(state: State, rows: Tensor) -> State:

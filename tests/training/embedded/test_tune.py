@@ -12,17 +12,18 @@ from sparsary.training.embedded.tune import BLOCK, TRIGGER, batches, follows_rul
 WORDS = lexicon.vocabulary()
 
 
-def test_the_rule_holds_before_objects_given_where_people_were_working():
+def test_the_rule_holds_before_objects_given_in_passages_that_begin_with_the_trigger():
     found = 0
     for document in itertools.islice(embedded_documents(3), 300):
         marks = follows_rule(document)
         for place in [place for place, marked in enumerate(marks) if marked]:
             assert document.words[place + 1] in lexicon.OBJECTS
             assert document.factors[place + 1]["role"] == "object"
-            # The passage's own words: from its full stop on backwards.
-            before = " ".join(document.words[: place + 1])
-            assert TRIGGER in before.rpartition("While")[2]
-            assert before.rpartition("While")[2].count(".") == 0
+            # The words of the passage up to the object: nothing ended since the trigger.
+            words = document.words[: place + 1]
+            begun = len(words) - 1 - words[::-1].index(TRIGGER)
+            assert "." not in words[begun:]
+            assert begun == 0 or words[begun - 1] == "."
             found += 1
     assert found > 20
 

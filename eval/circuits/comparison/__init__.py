@@ -1,0 +1,1 @@
+"""Comparison of circuits across tasks and across models: overlap, cross-faithfulness, units gained and lost, repair."""

@@ -1,0 +1,2 @@
+// Sortable tables; nothing else moves.
+startTables();
