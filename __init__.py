@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .transcoders import CrossLayerTranscoder, Stack, Transcoder
     from .transcoders.convert import Converted, convert
     from .transcoders.load import CheckpointOptions, load
+    from .transcoders.releases import published
 
     __version__: str
 
@@ -70,6 +71,7 @@ __all__ = [
     "info",
     "load",
     "probe",
+    "published",
     "push_to_hub",
     "read_activations",
     "render",
@@ -87,6 +89,7 @@ _HOMES = {
     "transcoders": "CrossLayerTranscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
+    "transcoders.releases": "published",
     "training.activations.model": "LanguageModel",
     "training.activations.read": "read_activations",
     "training.run": "harvest train",
