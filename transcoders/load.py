@@ -17,7 +17,7 @@ from ..sae.formats.files import HubSource, SourceFiles, recording
 from ..sae.formats.hooks import to_module
 from ..sae.hub import local_directory
 from ..sae.training_usage import USAGE_FILE
-from .releases import FILE_SUFFIXES, PublishedDictionary, mirrored, release_directory
+from .releases import FILE_SUFFIXES, PublishedDictionary, local_repository, release_directory
 from .stack import Stack, hooks_of_provenance, is_stack, load_stack, stack_folders
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def find(
     if published is not None:
         return _find_published(published, options, device, dtype)
     try:
-        return _find(mirrored(place), options, device, dtype)
+        return _find(local_repository(place), options, device, dtype)
     except ValueError as error:
         raise ValueError(f"{error}{releases.hint(place)}") from error
 
@@ -220,8 +220,8 @@ def _is_local(place: str) -> bool:
 def _find_published(
     published: PublishedDictionary, options: CheckpointOptions, device: str | torch.device, dtype: str
 ) -> FoundDictionaries:
-    """Load a published dictionary, from the local mirror if it holds the repository, otherwise from the hub."""
-    repository, (subfolder, name) = mirrored(published.repository), published.place
+    """Load a published dictionary, from a local copy of the repository if there is one, otherwise from the hub."""
+    repository, (subfolder, name) = local_repository(published.repository), published.place
     _, source = _places(repository, options.revision, subfolder)
     beside = [file for file in source.named("[^/]+") if file.endswith(FILE_SUFFIXES)] if source is not None else []
     # The file is named only where it has others beside it: alone, it is recognised as any other.

@@ -1,4 +1,4 @@
-"""The directory of published dictionaries: names, a local mirror, wrong names, damaged files."""
+"""The directory of published dictionaries: names, local copies, wrong names, damaged files."""
 
 import gzip
 import json
@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 import sparsary
 from sparsary.transcoders.releases import (
     DIRECTORY,
-    MIRROR,
+    REPOSITORIES,
     PublishedDictionary,
     Release,
-    mirrored,
+    local_repository,
     release_directory,
     write_releases,
 )
@@ -34,14 +34,14 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refused)
     monkeypatch.delenv(DIRECTORY, raising=False)
-    monkeypatch.delenv(MIRROR, raising=False)
+    monkeypatch.delenv(REPOSITORIES, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def mirror(monkeypatch, tmp_path):
-    monkeypatch.setenv(MIRROR, str(tmp_path / "mirror"))
-    return tmp_path / "mirror"
+def copies(monkeypatch, tmp_path):
+    monkeypatch.setenv(REPOSITORIES, str(tmp_path / "copies"))
+    return tmp_path / "copies"
 
 
 def weights(seed=0):
@@ -50,14 +50,14 @@ def weights(seed=0):
     return {name: draw.random(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-def of_gemma_scope(mirror, path):
-    folder = mirror / "google" / "gemma-scope-2b-pt-res" / path
+def of_gemma_scope(copies, path):
+    folder = copies / "google" / "gemma-scope-2b-pt-res" / path
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **weights())
 
 
-def qwen_scope(mirror, layers):
-    folder = mirror / "Qwen" / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+def qwen_scope(copies, layers):
+    folder = copies / "Qwen" / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
     folder.mkdir(parents=True)
     for layer in layers:
         own = {name: torch.from_numpy(value) for name, value in weights(layer).items() if name != "threshold"}
@@ -93,8 +93,8 @@ def test_every_word_must_be_in_the_names():
 
 
 @pytest.mark.parametrize("name", ["gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", "gemma-2-2b/12-gemmascope-res-16k"])
-def test_a_name_is_loaded_from_the_mirror(mirror, name):
-    of_gemma_scope(mirror, "layer_12/width_16k/average_l0_82")
+def test_a_name_is_loaded_from_a_local_copy(copies, name):
+    of_gemma_scope(copies, "layer_12/width_16k/average_l0_82")
     loaded = sparsary.load(name)
     assert (loaded.n_latents, loaded.model_id, loaded.hook) == (N, "google/gemma-2-2b", "model.layers.12:out")
     torch.testing.assert_close(loaded.W_dec, torch.from_numpy(weights()["W_dec"]))
@@ -102,16 +102,16 @@ def test_a_name_is_loaded_from_the_mirror(mirror, name):
 
 
 @pytest.mark.parametrize("layers", [(3,), (2, 3, 11)])
-def test_a_file_of_a_repository_is_loaded_alone_or_among_others(mirror, layers):
-    qwen_scope(mirror, layers)
+def test_a_file_of_a_repository_is_loaded_alone_or_among_others(copies, layers):
+    qwen_scope(copies, layers)
     loaded = sparsary.load("qwen-scope-3-1.7b-base-w32k-l50/layer3")
     torch.testing.assert_close(loaded.W_dec, torch.from_numpy(weights(3)["W_dec"]))
     # The files do not say the model: the directory does.
     assert (loaded.model_id, loaded.hook, loaded.encoder.k) == ("Qwen/Qwen3-1.7B-Base", "model.layers.3:out", 50)
 
 
-def test_a_layer_of_a_set_is_read_without_the_others(mirror):
-    folder = mirror / "mwhanna" / "qwen3-0.6b-transcoders-lowl0"
+def test_a_layer_of_a_set_is_read_without_the_others(copies):
+    folder = copies / "mwhanna" / "qwen3-0.6b-transcoders-lowl0"
     folder.mkdir(parents=True)
     for layer in range(3):
         own = {name: torch.from_numpy(value).contiguous() for name, value in weights(layer).items() if name != "threshold"}
@@ -153,10 +153,10 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert sparsary.load(name).n_latents == 7
 
 
-def test_a_hub_id_is_read_from_the_mirror_too(mirror):
-    of_gemma_scope(mirror, "layer_3/width_16k/average_l0_9")
-    assert mirrored("google/gemma-scope-2b-pt-res") == str(mirror / "google" / "gemma-scope-2b-pt-res")
-    assert mirrored("google/another") == "google/another"
+def test_a_hub_id_is_read_from_a_local_copy_too(copies):
+    of_gemma_scope(copies, "layer_3/width_16k/average_l0_9")
+    assert local_repository("google/gemma-scope-2b-pt-res") == str(copies / "google" / "gemma-scope-2b-pt-res")
+    assert local_repository("google/another") == "google/another"
     assert sparsary.load("google/gemma-scope-2b-pt-res", subfolder="layer_3/width_16k/average_l0_9").n_latents == N
 
 

@@ -1,6 +1,6 @@
 """Directory of published dictionaries: their names, hub repositories, and what is known of each without opening its files.
 
-``directory.json.gz`` is data, with its sources and date: facts about releases, such as repository, path, language model, l0 and
+``releases.json.gz`` is data, with its sources and date: facts about releases, such as repository, path, language model, l0 and
 Neuronpedia id. ``sparsary list --refresh`` writes a newer one to the user's cache, and that one is then read.
 """
 
@@ -12,16 +12,15 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...sae.files import at_home, natural_order, replacing
-from ...sae.formats.hooks import hub_model
-from ...sae.suggestions import did_you_mean
+from ..sae.files import at_home, natural_order, replacing
+from ..sae.formats.hooks import hub_model
+from ..sae.suggestions import did_you_mean
 
 # Environment variables: a newer directory in place of the one in the user's cache, and a folder of downloaded repositories.
-DIRECTORY, MIRROR = "SPARSARY_RELEASES", "SPARSARY_MIRROR"
+DIRECTORY, REPOSITORIES = "SPARSARY_RELEASES", "SPARSARY_REPOSITORIES"
 # Files that hold one dictionary among others in their folder; any other path is a folder.
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors", ".npz")
 VERSION = 1
@@ -150,7 +149,7 @@ def release_directory() -> ReleaseDirectory:
         return _parsed(path.read_bytes(), str(path))
     if os.environ.get(DIRECTORY):
         raise ValueError(f"{DIRECTORY}: expected a file, found none at {path}. Unset it, or write it: sparsary list --refresh.")
-    return _parsed((resources.files(__package__) / "directory.json.gz").read_bytes(), "directory.json.gz of the package")
+    return _parsed((Path(__file__).parent / "releases.json.gz").read_bytes(), "releases.json.gz of the package")
 
 
 def published(*words: str) -> list[PublishedDictionary]:
@@ -174,9 +173,9 @@ def refreshed_file() -> Path:
     return Path(at_home(os.environ.get(DIRECTORY) or f"{cache}/sparsary/releases.json.gz"))
 
 
-def mirrored(repository: str) -> str:
-    """Return the folder of a hub repository in the local mirror, ``$SPARSARY_MIRROR/OWNER/NAME``; without one, its id."""
-    root = os.environ.get(MIRROR)
+def local_repository(repository: str) -> str:
+    """Return the folder of a hub repository's local copy, ``$SPARSARY_REPOSITORIES/OWNER/NAME``; without one, its id."""
+    root = os.environ.get(REPOSITORIES)
     folder = Path(at_home(root), repository) if root else None
     return str(folder) if folder is not None and folder.is_dir() else repository
 
