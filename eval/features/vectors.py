@@ -123,7 +123,7 @@ def describe_vectors(
         "tokens": len(x),
         "tokens_asked": wanted,
         "dead": int((found.fired == 0).sum()),
-        "labels": len(found.names),
+        "n_labels": len(found.names),
         "skipped": [f"vectors that are not finite: {int((~finite).sum()):,}"] if not bool(finite.all()) else [],
         "changed": vector_problems(provenance.get("content") or {}, vectors.content),
         "git_commit": provenance.get("git_commit"),
@@ -142,7 +142,7 @@ def vectors_summary(about: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}"),
         ("read", f"{about['tokens']:,} held-out vectors of {len(about['files'])} files"),
         ("latents", f"{about['n_latents']:,}, {about['dead']:,} of them dead on these vectors"),
-        ("labels", f"{about['labels']:,}" if about["labels"] else "none: harvest.rows names no table with a column label"),
+        ("labels", f"{about['labels']:,}" if about["n_labels"] else "none: harvest.rows names no table with a column label"),
     ]
 
 

@@ -56,10 +56,10 @@ def render_vectors(about: Mapping[str, Any], records: Iterable[Mapping[str, Any]
         FigureTile("n_latents", "latents", show(about["n_latents"]), f"{show(about['dead'])} dead on these vectors"),
         FigureTile("tokens", "held-out vectors", show(about["tokens"]), f"of width {show(about['d_in'])}"),
     ]
-    if about["labels"]:
+    if about["n_labels"]:
         good = sum((record["label"] or {}).get("f1", 0.0) >= 0.5 for record in alive)
         tiles.append(
-            FigureTile("labels", "labels", show(about["labels"]), f"{good} latents predict one with F1 of 0.5 or more")
+            FigureTile("n_labels", "labels", show(about["n_labels"]), f"{good} latents predict one with F1 of 0.5 or more")
         )
     return document(
         "vectors.html",
