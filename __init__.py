@@ -1,4 +1,4 @@
-"""Train, evaluate and load sparse dictionaries (SAEs, transcoders, cross-layer transcoders) of language-model activations."""
+"""Train, evaluate and load sparse dictionaries (SAEs, transcoders, crosscoders) of language-model activations."""
 
 import importlib
 import io
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .training.activations.model import LanguageModel
     from .training.activations.read import read_activations
     from .training.run import harvest, train
-    from .transcoders import CrossLayerTranscoder, Stack, Transcoder
+    from .transcoders import Crosscoder, CrossLayerTranscoder, Stack, Transcoder
     from .transcoders.convert import Converted, convert
     from .transcoders.load import CheckpointOptions, load
     from .transcoders.releases import published
@@ -47,6 +47,7 @@ __all__ = [
     "CircuitSettings",
     "Converted",
     "CrossLayerTranscoder",
+    "Crosscoder",
     "Encoder",
     "Explainer",
     "Features",
@@ -86,7 +87,7 @@ LAYERS = ("sae", "transcoders", "training", "eval")
 _HOMES = {
     "sae": "ENCODERS SAE Encoder SparseCode SparseDictionary",
     "sae.hub": "push_to_hub",
-    "transcoders": "CrossLayerTranscoder Stack Transcoder",
+    "transcoders": "CrossLayerTranscoder Crosscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
     "transcoders.releases": "published",

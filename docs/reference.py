@@ -30,7 +30,7 @@ API = {
     "dictionaries": (
         "Dictionaries",
         "Load a dictionary, encode and decode activations with it, and ask what its latents do.",
-        "load CheckpointOptions SparseDictionary SAE Transcoder CrossLayerTranscoder Stack SparseCode Encoder",
+        "load CheckpointOptions SparseDictionary SAE Transcoder CrossLayerTranscoder Crosscoder Stack SparseCode Encoder",
     ),
     "training": (
         "Models and training",

@@ -221,6 +221,9 @@ def _circuits(
     prompt: Annotated[
         str | None, typer.Option(help="Compute the attribution graph of this text instead; for transcoders.")
     ] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="With --prompt: heads that carry the edges, and why they attend where they do.")
+    ] = False,
     *,
     options: "CheckpointOptions",
 ) -> None:
@@ -231,7 +234,7 @@ def _circuits(
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
-        facts = attribution_graph(checkpoints[0], prompt, out, options=options)
+        facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention)
         print_fields(graph_summary(facts))
         for head, rows in graph_tables(facts):
             print()
@@ -239,6 +242,8 @@ def _circuits(
         print(f"\nresults: {facts['json_path']}")
         print(f"page: {facts['page_path']}")
         return
+    if attention:
+        raise ValueError("--attention: expected --prompt beside it, got none: it explains one text's graph.")
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 

@@ -24,6 +24,7 @@ KINDS = {
     "sae": "sae.autoencoder:SAE",
     "transcoder": "transcoders.transcoder:Transcoder",
     "cross_layer_transcoder": "transcoders.cross_layer:CrossLayerTranscoder",
+    "crosscoder": "transcoders.crosscoder:Crosscoder",
 }
 
 

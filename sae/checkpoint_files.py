@@ -114,7 +114,8 @@ def _require_entries(path: Path, config: dict[str, Any]) -> None:
         "training_usage": (config.get("training_usage"), (dict, type(None))),
     }
     if isinstance(config.get("dictionary"), dict):
-        types = {"kind": str, "d_in": int, "n_latents": int, "encoder": dict}
+        size = {"widths": list} if config["dictionary"].get("kind") == "crosscoder" else {"d_in": int}
+        types = {"kind": str, **size, "n_latents": int, "encoder": dict}
         wanted |= {f"dictionary.{key}": (config["dictionary"].get(key), kind) for key, kind in types.items()}
     for section, types in (("provenance", dict.fromkeys(SECTIONS, (dict, type(None)))), ("training_usage", usage)):
         if isinstance(config.get(section), dict):

@@ -1,7 +1,7 @@
 """Base classes of SAEs, transcoders, and cross-layer transcoders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from .ranks import ALONE, UNDIVIDED
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
+from .sites import Site, columns_of, concatenated, in_form_of
 from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .training_usage import TrainingUsage
@@ -35,21 +36,13 @@ class LatentBlock:
     weights: Weights
 
 
-@dataclass(frozen=True)
-class Site:
-    """One location in a model that a dictionary reconstructs: the columns it reads and the columns it writes."""
-
-    reads: slice
-    writes: slice
-
-
 class SparseDictionary(Inspection, nn.Module, ABC):
     """Sparse dictionary: latents that read from an input of width ``d_in`` and write to an output of width ``d_out``.
 
     Inputs and outputs are raw activations. Internally both are divided by their scales (buffers saved with the weights), so
     learning rates and losses mean the same for every model; trained decoder directions have unit norm in these normalized
-    units. A dictionary of several sites takes their activations concatenated along the feature axis, with equal width per site
-    and one scale per column.
+    units. A dictionary of several sites takes their activations concatenated along the feature axis, as a list with one tensor
+    per site, or, with equal widths, as ``(..., sites, width)``; it has one scale per column.
 
     Subclasses define the weights (``blocks``, ``shift``, ``bypass``), the selection of latents (``code_of``, ``calibrate``),
     and the constructor arguments stored in checkpoints (``arguments``). All other methods build on these.
@@ -63,8 +56,9 @@ class SparseDictionary(Inspection, nn.Module, ABC):
     10
 
     Args:
-        n_sites: Number of model locations to reconstruct. Latents of block ``i`` read site ``i`` and write to it and possibly
-            to later sites.
+        widths: Widths of the model locations to reconstruct, on both sides, if there are several: ``(reads, writes)`` of each.
+            With one block per site, latents of block ``i`` read site ``i`` and write to it and possibly to later sites; with
+            one block for all, latents read and write every site.
         row_norm: One of ``sae.row_norm.ROW_NORMS``, a per-token normalization applied before centering. Only loaded
             dictionaries use it, trained ones do not.
     """
@@ -76,14 +70,24 @@ class SparseDictionary(Inspection, nn.Module, ABC):
     out_scale: Float[Tensor, "..."]
     b_dec: Float[Tensor, " d_out"]
 
-    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, n_sites: int = 1, row_norm: str | None = None):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        n_latents: int,
+        encoder: Encoder,
+        row_norm: str | None = None,
+        widths: Sequence[tuple[int, int]] | None = None,
+    ):
         super().__init__()
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if size < 1:
                 raise ValueError(f"dictionary.{name}: expected at least 1, got {size}.")
         if row_norm is not None and row_norm not in ROW_NORMS:
             raise ValueError(f"dictionary.row_norm: expected null or one of {', '.join(ROW_NORMS)}, got {row_norm!r}.")
-        self.d_in, self.d_out, self.n_latents, self.n_sites, self.row_norm = d_in, d_out, n_latents, n_sites, row_norm
+        self.d_in, self.d_out, self.n_latents, self.row_norm = d_in, d_out, n_latents, row_norm
+        self.widths_in, self.widths_out = zip(*(widths or [(d_in, d_out)]), strict=True)
+        self.n_sites = len(self.widths_in)
         self.encoder = encoder
         # Set by the trainer, used only in training, never saved.
         self.screen: Screen | None = None
@@ -147,8 +151,12 @@ class SparseDictionary(Inspection, nn.Module, ABC):
     @property
     def sites(self) -> list[Site]:
         """Model locations that the dictionary reconstructs, in the order of the forward pass."""
-        reads, writes = self.d_in // self.n_sites, self.d_out // self.n_sites
-        return [Site(slice(i * reads, (i + 1) * reads), slice(i * writes, (i + 1) * writes)) for i in range(self.n_sites)]
+        return [Site(*both) for both in zip(columns_of(self.widths_in), columns_of(self.widths_out), strict=True)]
+
+    @property
+    def shares_code(self) -> bool:
+        """Return True if one code serves several sites, so that encoding needs the activations of all of them."""
+        return self.n_sites > 1 and len(self.blocks) == 1
 
     @property
     def tied(self) -> bool:
@@ -197,11 +205,11 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         Raises:
             ValueError: If the last axis of ``x`` is not ``d_in`` wide.
         """
-        x = self._tensor(x)
+        x = self._concatenated(x)
         shape = x.shape[:-1] if x.ndim > 2 else ()
         x = self.require_width(x.flatten(0, -2) if shape else x, self.d_in)
         if grad is not None:
-            grad = self._tensor(grad, "grad") * self.out_scale
+            grad = concatenated(grad, self.widths_out, "grad", self.device) * self.out_scale
             grad = grad.flatten(0, -2) if shape else grad
         code = self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
         return code.shaped(tuple(shape)) if shape else code
@@ -210,7 +218,12 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         """Return the code of one site's raw activations ``(tokens, width)``, with latents numbered from 0.
 
         Reads no other site, so the model can run with the dictionary in place.
+
+        Raises:
+            ValueError: If the width is another, or one code serves all sites.
         """
+        if self.shares_code:
+            raise ValueError(f"site: one code serves all {self.n_sites} sites. Give encode() the activations of all of them.")
         place = self.sites[site].reads
         x = self.require_width(x, place.stop - place.start)
         return self._in_output_units(self.code_of(self.normalised(x, site), None, x.requires_grad, site), x)
@@ -244,7 +257,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         """
         if not isinstance(code, SparseCode):
             code = self._sparse(self._tensor(code, "code"))
-        x = None if x is None else self._tensor(x)
+        x = None if x is None else self._concatenated(x)
         x = x.flatten(0, -2) if x is not None and x.ndim > 2 else x
         # Adding to slices in place would copy the whole gradient for every block.
         written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
@@ -254,7 +267,10 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         return y_hat.unflatten(0, code.batch_shape) if code.batch_shape else y_hat
 
     def decode_at(self, site: int, codes: list[SparseCode], x: Rows | None = None) -> Float[Tensor, "..."]:
-        """Return one site's output, in raw units, from the codes of all sites up to it and its own raw input."""
+        """Return one site's output, in raw units, from the codes of all sites up to it and its own raw input.
+
+        Where one code serves all sites, it is the only one in ``codes``.
+        """
         x = None if x is None else self._tensor(x)
         if self.out_scale.ndim == 0:
             # A scalar scale means a single site.
@@ -286,6 +302,10 @@ class SparseDictionary(Inspection, nn.Module, ABC):
             return code
         scale = self.normed_rows(x).scale.squeeze(1)[code.token_ids()]
         return replace(code, values=code.values * scale.to(code.values.dtype))
+
+    def _concatenated(self, x: Rows) -> Float[Tensor, "..."]:
+        """Return the activations of all sites as one tensor, whichever form they were given in."""
+        return concatenated(x, self.widths_in, device=self.device)
 
     def _tensor(self, values: Rows, name: str = "x") -> Float[Tensor, "..."]:
         """Return the values as a tensor; tensors keep their precision and gradient."""
@@ -334,10 +354,10 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))
         return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
-    def forward(self, x: Rows) -> Float[Tensor, "... d_out"]:
-        """Return the reconstruction of raw inputs."""
-        x = self._tensor(x)
-        return self.decode(self.encode(x), x)
+    def forward(self, x: Rows) -> Float[Tensor, "... d_out"] | list[Tensor]:
+        """Return the reconstruction of raw inputs; of several sites, in the form in which the inputs are given."""
+        rows = self._concatenated(x)
+        return in_form_of(x, self.decode(self.encode(rows), rows), self.widths_out)
 
     @torch.no_grad()
     def renormalize(self) -> None:

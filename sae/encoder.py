@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from .kept_memory import kept_memory
 from .ranks import ALONE, UNDIVIDED, Ranks, Shards, largest_of_shards
 from .screen import Screen
 from .sparse_code import SparseCode
-from .sparse_ops import are_crowded, entries, some_rows
+from .sparse_ops import are_crowded, entries, row_norms, some_rows
 from .tiled_scores import Scorer
 
 
@@ -33,8 +33,10 @@ class Weights:
     screen: Screen | None = None
     # Pre-encoder bias that was subtracted from the inputs, so that its gradient takes a shortcut.
     shift: Float[Tensor, " d_in"] | None = None
-    # Output columns per site, if latents write to several sites.
+    # Output columns per site, if latents write to several sites: the unit of penalties is the error at one of them.
     site_width: int | None = None
+    # Widths of the sites, if a latent's norm is the sum of its norms at each.
+    norm_widths: tuple[int, ...] = ()
     # Processes that share a training batch, and those that hold the other latents.
     ranks: Ranks = ALONE
     shards: Shards = UNDIVIDED
@@ -46,12 +48,16 @@ class Weights:
         """Squared error that is an FVU of 1 at one site: the divisor of sums over latents in penalties."""
         return self.site_width or self.W_dec.shape[1]
 
+    def norms(self) -> Float[Tensor, " n_latents"]:
+        """Return the decoder norms by which penalties weight values."""
+        return row_norms(self.W_dec, self.norm_widths)
+
     def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
         """Return the weights of some latents, which must be distinct."""
         W_enc = some_rows(self.W_enc, latents)
         W_dec = W_enc if self.W_dec is self.W_enc else some_rows(self.W_dec, latents)
         b_enc = None if self.b_enc is None else self.b_enc[latents]
-        return Weights(W_enc, b_enc, W_dec, site_width=self.site_width, ranks=self.ranks, shards=self.shards)
+        return replace(self, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, screen=None, shift=None, may_be_dense=False)
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:

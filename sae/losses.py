@@ -117,7 +117,7 @@ def pre_activation_loss(
         return x.new_zeros(())
     some = weights.rows(rows)
     below = (thresholds.index_select(0, rows) - pre_activations(x.detach(), some)).relu()
-    return shards.reduced((below.sum(0) @ some.W_dec.detach().norm(dim=-1)) / (len(x) * weights.unit))
+    return shards.reduced((below.sum(0) @ some.norms().detach()) / (len(x) * weights.unit))
 
 
 def aux_zipf(

@@ -77,6 +77,25 @@ class Ranks:
             gather(room, own, group=self.group)
         self.sent_bytes += own.numel() * own.element_size() * (self.size - 1)
 
+    def exchange(self, own: Shaped[Tensor, "rows *width"], counts: Sequence[Sequence[int]]) -> Shaped[Tensor, "some *width"]:
+        """Return the rows that all ranks send to this one, in the order of the ranks; gradients do not flow through it.
+
+        Args:
+            own: Rows for every rank, one after another.
+            counts: ``counts[i][j]`` rows go from rank ``i`` to rank ``j``.
+        """
+        if self.size == 1:
+            return own
+        received = [row[self.rank] for row in counts]
+        # As bytes: not every backend sends all types.
+        sent = own.detach().contiguous().flatten(1) if own.ndim > 1 else own.detach().contiguous().unsqueeze(1)
+        sent = sent.view(torch.uint8)
+        room = sent.new_empty(sum(received), sent.shape[1])
+        with naming_lost_ranks():
+            dist.all_to_all_single(room, sent, received, list(counts[self.rank]), group=self.group)
+        self.sent_bytes += (len(sent) - counts[self.rank][self.rank]) * sent.shape[1]
+        return room.view(own.dtype).view(-1, *own.shape[1:]) if own.ndim > 1 else room.view(own.dtype).squeeze(1)
+
     def sum(self, own: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return the sum over ranks; gradients do not flow through it."""
         if self.size == 1:
@@ -206,9 +225,21 @@ class Shards(Ranks):
         """Return the ranks that choose together from a batch that is spread over ``ranks``."""
         return ranks if self.size == 1 else self.world
 
-    def part(self, rows: Shaped[Tensor, "n_latents *width"]) -> Shaped[Tensor, "some *width"]:
-        """Return this rank's rows of a tensor with one row per latent of the whole dictionary."""
-        return rows if self.size == 1 else rows.chunk(self.size)[self.rank]
+    def part(self, rows: Shaped[Tensor, "n_latents *width"], blocks: int = 1) -> Shaped[Tensor, "some *width"]:
+        """Return this rank's rows of a tensor with one row per latent of the whole dictionary.
+
+        Args:
+            blocks: Number of equal blocks of latents, each of which is divided among the ranks.
+        """
+        if self.size == 1:
+            return rows
+        return rows.unflatten(0, (blocks, -1)).chunk(self.size, dim=1)[self.rank].flatten(0, 1)
+
+    def joined(self, own: Shaped[Tensor, "some *width"], blocks: int = 1) -> Shaped[Tensor, "n_latents *width"]:
+        """Return the rows of all ranks, of which ``part`` returned this one's; on the host, unless this rank has all."""
+        if self.size == 1:
+            return own
+        return torch.cat([part.cpu().unflatten(0, (blocks, -1)) for part in self.gather(own)], dim=1).flatten(0, 1)
 
 
 ALONE = Ranks()

@@ -90,9 +90,12 @@ def per_entry(values: Float[Tensor, " n_latents"], latents: Int[Tensor, " nnz"])
     return values.index_select(0, latents)
 
 
-def row_norms(W: Float[Tensor, "n_latents d"]) -> Float[Tensor, " n_latents"]:
-    """Return the norm of every row; its gradient goes to the matrix's ``SparseGrad`` if it has one."""
-    return _RowNorms.apply(W, ledger_of(W))  # pyright: ignore[reportReturnType]
+def row_norms(W: Float[Tensor, "n_latents d"], widths: Sequence[int] = ()) -> Float[Tensor, " n_latents"]:
+    """Return the norm of every row; its gradient goes to the matrix's ``SparseGrad`` if it has one.
+
+    With ``widths`` the columns are those of several sites, and the result is the sum of the norms at each.
+    """
+    return _RowNorms.apply(W, ledger_of(W), tuple(widths) or (W.shape[1],))  # pyright: ignore[reportReturnType]
 
 
 def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) -> Float[Tensor, "some d"]:
@@ -167,26 +170,25 @@ class _Entries(torch.autograd.Function):
 
 class _RowNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, W: Tensor, ledger: SparseGrad | None) -> Tensor:
-        norms = W.norm(dim=-1)
-        ctx.save_for_backward(W, norms)
-        ctx.ledger = ledger
-        return norms
+    def forward(ctx: Any, W: Tensor, ledger: SparseGrad | None, widths: tuple[int, ...]) -> Tensor:
+        norms = [part.norm(dim=-1) for part in W.split(widths, dim=1)]
+        ctx.save_for_backward(W, *norms)
+        ctx.ledger, ctx.widths = ledger, widths
+        return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        W, norms = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        W, *norms = ctx.saved_tensors
         # As in torch, a row of zeros has the gradient 0.
-        scale = (grads[0] / norms).masked_fill(norms == 0, 0.0)[:, None]
-        if ctx.ledger is None:
-            return W * scale, None
-        whole, begun = ctx.ledger.open_whole(W)
-        if begun:
-            whole.addcmul_(W, scale)
-        else:
-            torch.mul(W, scale, out=whole)
-        return None, None
+        scales = [(grads[0] / each).masked_fill(each == 0, 0.0)[:, None] for each in norms]
+        whole, begun = (torch.empty_like(W), 0) if ctx.ledger is None else ctx.ledger.open_whole(W)
+        for into, part, scale in zip(whole.split(ctx.widths, 1), W.split(ctx.widths, 1), scales, strict=True):
+            if begun:
+                into.addcmul_(part, scale)
+            else:
+                torch.mul(part, scale, out=into)
+        return (whole if ctx.ledger is None else None), None, None
 
 
 class _SomeRows(torch.autograd.Function):

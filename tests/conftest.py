@@ -1,100 +1,32 @@
-"""Shared fixtures, and run-time checks of every shape annotation during tests."""
+"""Shared fixtures, and what makes tests quick and alike on every machine."""
 
-import ast
-import collections
-import dataclasses
 import functools
 import gc
 import importlib.util
 import json
 import os
-import re
 import signal
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import jaxtyping
 import pytest
-from beartype import beartype
-from jaxtyping import _import_hook, install_import_hook, jaxtyped
 
 # Collecting makes millions of objects that stay: it is of no use to look for garbage among them again and again.
 gc.disable()
 
-# Runs before sparsary is imported, because functions are wrapped when their module is loaded. The corpus is left out: it
-# calls small functions millions of times and contains no tensors.
-CHECKED = (
-    "activations calibrate checkpoints initialize loop objective optim phases preflight recipe resolve_hooks run state".split()
-)
-# The kernels are left out too, because compilers need the unwrapped functions.
-SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
-SHAPED = {name for name in dir(jaxtyping) if isinstance(getattr(jaxtyping, name), type)}
+
+def beside(name):
+    """Load a module of this folder, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def shaped(annotations):
-    """Return True if an annotation says a shape."""
-    nodes = (node for annotation in annotations if annotation is not None for node in ast.walk(annotation))
-    return any(isinstance(node, ast.Name) and node.id in SHAPED for node in nodes)
-
-
-# Calls of a function that are checked in each test. Later ones, in a loop of training steps, would find no more and take a
-# quarter of the tests' time.
-CHECKED_CALLS = 8
-# The number of the current test.
-TEST = 0
-
-
-def checked_at_first(part):
-    """Check the shapes of a function, or of a dataclass' fields, in its first calls of every test."""
-    if isinstance(part, type):
-        if dataclasses.is_dataclass(part) and "__init__" in vars(part):
-            part.__init__ = checked_at_first(part.__init__)
-        return part
-    checked, test, left = jaxtyped(part, typechecker=beartype), 0, CHECKED_CALLS
-
-    @functools.wraps(part)
-    def call(*arguments, **options):
-        nonlocal test, left
-        if test != TEST:
-            test, left = TEST, CHECKED_CALLS
-        if left <= 0:
-            return part(*arguments, **options)
-        left -= 1
-        return checked(*arguments, **options)
-
-    return call
-
-
-class ShapeChecks(_import_hook.JaxtypingTransformer):
-    """Wraps what has shapes in its annotations, and no functions within functions: those would be wrapped at every call.
-
-    Wrapping everything, as jaxtyping does, takes half of the tests' time; other types are pyright's.
-    """
-
-    def visit_FunctionDef(self, node):  # noqa: N802 - the visitor's name
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        if shaped([node.returns, *(argument.annotation for argument in arguments)]):
-            node.decorator_list.append(self.decorator(node))
-        return node
-
-    def visit_ClassDef(self, node):  # noqa: N802
-        if node.decorator_list and shaped([field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]):
-            node.decorator_list.insert(0, self.decorator(node))
-        return self.generic_visit(node) or node
-
-    def decorator(self, node):
-        # The hook imports jaxtyping into every module that it loads.
-        return ast.copy_location(ast.parse("jaxtyping._import_hook.checked_at_first", mode="eval").body, node)
-
-
-_import_hook.checked_at_first = checked_at_first
-_import_hook.JaxtypingTransformer = ShapeChecks
-parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
-checked = [f"sparsary.{part}" for part in parts]
-# The name is part of the name of the bytecode's file.
-install_import_hook(checked, "jaxtyping._import_hook.checked_at_first")
+# Before sparsary is imported, because functions are wrapped when their module is loaded.
+PLUGINS = [beside("shape_checks"), beside("selection")]
 
 # One thread each, because two workers share two cores. Processes that tests start inherit it: other thread counts round
 # differently, and runs are compared bit for bit. `make portable` uses two.
@@ -112,22 +44,16 @@ import torch  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
 
-
-def beside(name):
-    """Load a module of this folder, which is not a package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+if not torch.cuda.is_available():
+    # The same for this processor. torch would note the seed for every kind of GPU, each time with the stack as text: a tenth of
+    # the time of short tests.
+    torch.manual_seed = torch.default_generator.manual_seed
 
 # For `make portable`: sum products in another order, as another CPU would.
 if os.environ.get("SPARSARY_TEST_PRODUCTS") == "reordered":
     REORDERED = beside("other_products").reorder_products()
 
 SPECS = beside("encoder_specs")
-SLOW = Path(__file__).with_name("slow.txt")
-STALE = pytest.StashKey[list[str]]()
 HOOK = "transformer.h.2:out"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -156,60 +82,12 @@ def encoder_specs():
     return SPECS
 
 
-def slow_entries(text):
-    """Return the entries of ``slow.txt``, each with a pattern of the test ids it covers: a file, a test or one id."""
-    lines = [line.removeprefix("long") for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    entries = [line.split(maxsplit=1)[1].strip() for line in lines]
-    return {entry: re.compile(re.escape(entry).replace(r"\*", ".*") + r"(::.*|\[.*)?") for entry in entries}
-
-
-def long_entries(text):
-    """Return those entries of ``slow.txt`` whose lines begin with ``long``."""
-    return slow_entries("\n".join(line for line in text.splitlines() if line.startswith("long")))
-
-
-def any_of(entries):
-    """Return one pattern of the test ids that any of the entries covers."""
-    return re.compile("|".join(pattern.pattern for pattern in entries.values()) or r"(?!)")
-
-
-def seconds_by_file(text):
-    """Return the seconds of each file's lines in ``slow.txt``, less those that begin with ``long``."""
-    seconds = collections.Counter()
-    for line in text.splitlines():
-        if line.strip() and not line.startswith(("#", "long")):
-            number, entry = line.split(maxsplit=1)
-            seconds[entry.split("::")[0].strip()] += float(number)
-    return seconds
-
-
-def left_out(expression, text):
-    """Return the files of which nothing is run where marks are selected by ``expression``: they need not be imported."""
-    words = expression.split()
-    parts = {part.strip() for part in expression.split(" and ")}
-    if "or" in words or "(" in expression:
-        return set()
-    files = slow_entries(text) if "not slow" in parts else long_entries(text) if "not long" in parts else {}
-    return {entry for entry in files if "::" not in entry}
-
-
-def stale_entries(entries, ids):
-    """Return the entries that match no test: their file is gone, or was collected in full without such a test."""
-    collected = {name.split("::")[0] for name in ids}
-    known = [entry for entry, pattern in entries.items() if any(map(pattern.fullmatch, ids))]
-    gone = [entry for entry in entries if not (SLOW.parents[1] / entry.split("::")[0]).is_file()]
-    return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
-
-
-def pytest_ignore_collect(collection_path, config):
-    # Files that were asked for by name are collected all the same.
-    files = left_out(config.getoption("markexpr"), SLOW.read_text(encoding="utf-8"))
-    path = collection_path.as_posix()
-    return True if any(path.endswith(f"/{file}") for file in files) else None
+def pytest_configure(config):
+    for plugin in PLUGINS:
+        config.pluginmanager.register(plugin, plugin.__name__)
 
 
 def pytest_collection_finish():
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -218,43 +96,44 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup():
-    global TEST
-    TEST += 1
-
-
-# Runs before pytest selects by mark.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    text = SLOW.read_text(encoding="utf-8")
-    # The longest files first, so that no worker begins one when the others end.
-    seconds = seconds_by_file(text)
-    items.sort(key=lambda item: -seconds[item.nodeid.split("::")[0]])
-    entries = slow_entries(text)
-    slow, long = any_of(entries), any_of(long_entries(text))
-    for item in items:
-        if slow.fullmatch(item.nodeid):
-            item.add_marker(pytest.mark.slow)
-        if long.fullmatch(item.nodeid):
-            item.add_marker(pytest.mark.long)
-    # If single tests were requested, the others of their files are missing, but not stale.
-    whole = not config.getoption("lf", False) and not any("::" in str(argument) for argument in config.args)
-    # A test reports them, because workers of pytest-xdist have no other way to do so.
-    config.stash[STALE] = stale_entries(entries, [item.nodeid for item in items]) if whole else []
-
-
-@pytest.fixture
-def stale_slow(pytestconfig):
-    """Return the entries of ``slow.txt`` that match no collected test."""
-    return pytestconfig.stash[STALE]
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Cache file digests separately from the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSARY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_by_one_worker(tmp_path_factory):
+    """Let the other workers wait while one compiles a kernel, and load it from its file then, rather than all compile it."""
+    try:
+        from numba.core.dispatcher import Dispatcher
+    except ImportError:
+        yield
+        return
+    from filelock import FileLock
+
+    # The parent of all workers' folders.
+    lock, compile_ = FileLock(tmp_path_factory.getbasetemp().parent / "numba.lock"), Dispatcher.compile
+
+    def compile_alone(dispatcher, signature):
+        with lock.acquire(poll_interval=0.02):
+            return compile_(dispatcher, signature)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            patch.setattr(Dispatcher, "compile", compile_alone)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _documents_made_once():
+    """Keep the documents of the embedded corpus, which most runs read: making them is a tenth of a small run's time."""
+    from sparsary.training.embedded import corpus
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "embedded_document", functools.lru_cache(maxsize=20_000)(corpus.embedded_document))
         yield
 
 
@@ -507,6 +386,17 @@ def shared_data():
     return SHARED_DATA
 
 
+class _ExactGemmaNorm(torch.nn.Module):
+    """Gemma's norm in the model's own precision; transformers' computes in float32."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + self.weight)
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """Return a builder of random three-block language models in float64, with random biases and norm weights."""
@@ -517,6 +407,8 @@ def tiny_model():
     tokens = {"vocab_size": 41, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     sizes = tokens | {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
     shared = sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    windows = ["sliding_attention", "full_attention", "sliding_attention"]
+    gemma = shared | {"head_dim": 8, "sliding_window": 3, "layer_types": windows, "max_position_embeddings": 32}
     families = {
         "gpt2": ("GPT2Config", tokens | {"n_layer": 3, "n_embd": 12, "n_head": 2, "n_positions": 32}),
         "gpt_neox": ("GPTNeoXConfig", sizes | {"use_parallel_residual": True}),
@@ -524,6 +416,13 @@ def tiny_model():
         # Eight dimensions per head: together they are wider than the residual stream.
         "llama": ("LlamaConfig", shared | {"head_dim": 8}),
         "qwen2": ("Qwen2Config", shared | {"hidden_size": 16}),
+        "qwen3": ("Qwen3Config", shared | {"head_dim": 8}),
+        # Windows of three tokens in the first and the last layer; caps low enough to bend scores and logits.
+        "gemma2": (
+            "Gemma2Config",
+            gemma | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
+        ),
+        "gemma3": ("Gemma3TextConfig", gemma | {"query_pre_attn_scalar": 5}),
     }
 
     def build(family, dtype=torch.float64):
@@ -536,7 +435,10 @@ def tiny_model():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for path, part in list(module.named_modules()):
             # Llama's norms always compute in float32; torch's are the same function.
-            if type(part).__name__.endswith("RMSNorm"):
+            if type(part).__name__.startswith("Gemma"):
+                if type(part).__name__.endswith("RMSNorm"):
+                    module.set_submodule(path, _ExactGemmaNorm(part))
+            elif type(part).__name__.endswith("RMSNorm"):
                 exact = torch.nn.RMSNorm(part.weight.shape[0], eps=part.variance_epsilon, dtype=dtype)
                 exact.weight = part.weight
                 module.set_submodule(path, exact)

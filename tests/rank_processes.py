@@ -13,6 +13,18 @@ torch.set_num_threads(1)
 """
 
 
+def preloaded():
+    """Return the modules that processes need not import anew: those for training that this one has imported.
+
+    Not all that tests before this one have imported: every architecture's modules, the evaluations and their libraries take
+    longer than they save.
+    """
+    skipped = ("transformers.models.", "sparsary.eval")
+    kept = ("transformers.models.auto", "transformers.models.gpt2")
+    names = [name for name in list(sys.modules) if name.partition(".")[0] in ("torch", "transformers", "numba", "sparsary")]
+    return [name for name in names if not name.startswith(skipped) or name.startswith(kept)]
+
+
 def run_ranks(size, script, values):
     """Run a script in so many processes that form one run, and return their exit statuses.
 
@@ -21,9 +33,7 @@ def run_ranks(size, script, values):
             as all others have ended.
     """
     context = multiprocessing.get_context("forkserver")
-    # Processes that need not import anew what this one has imported.
-    libraries = ("torch", "transformers", "numba", "sparsary")
-    context.set_forkserver_preload([name for name in list(sys.modules) if name.partition(".")[0] in libraries])
+    context.set_forkserver_preload(preloaded())
     with socket.create_server(("localhost", 0)) as taken:
         port = str(taken.getsockname()[1])
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}

@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
+def test_every_recipe_builds_on_the_meta_device(path, tmp_path, outlined_once):
     stored = load_grid(path).recipes[0].harvest.store is not None
     recipes = load_grid(path, {"harvest.store": str(tmp_path / "store")} if stored else None).recipes
     members = resolve_recipes([with_start(with_configuration(recipe, tmp_path), tmp_path) for recipe in recipes])

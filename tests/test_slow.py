@@ -9,8 +9,8 @@ IDS = ["tests/test_cli.py::test_a", "tests/test_cli.py::test_b[topk-1]", "tests/
 
 @pytest.fixture
 def reading(pytestconfig):
-    """The ``conftest.py`` at the top, which reads the list."""
-    return pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    """The plugin that reads the list."""
+    return pytestconfig.pluginmanager.get_plugin("selection")
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_lines_that_begin_with_long_are_those_make_test_leaves_out(reading):
     text = "# long ago\n 3.2 tests/test_cli.py::test_a\nlong 40 tests/test_cli.py::test_b[topk-*]\n"
     assert list(reading.slow_entries(text)) == ["tests/test_cli.py::test_a", "tests/test_cli.py::test_b[topk-*]"]
     entries = reading.long_entries(text)
-    assert [name for name in IDS if reading.any_of(entries).fullmatch(name)] == IDS[1:2]
-    assert not reading.any_of({}).fullmatch(IDS[0])
+    assert [name for name in IDS if reading.covered_by(entries)(name)] == IDS[1:2]
+    assert not reading.covered_by({})(IDS[0])
 
 
 def test_the_longest_files_come_first(reading):
@@ -76,7 +76,7 @@ def test_every_line_matches_a_test(stale_slow):
 
 
 def test_the_marks_are_set_by_the_list_alone():
-    # The words are put together here so that this file does not find itself; conftest.py sets the marks.
-    paths = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__).with_name("conftest.py")]
+    # The words are put together here so that this file does not find itself; selection.py sets the marks.
+    paths = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__).with_name("selection.py")]
     marks = "mark." + "slow", "mark." + "long"
     assert [str(path) for path in paths if any(mark in path.read_text(encoding="utf-8") for mark in marks)] == []

@@ -33,6 +33,13 @@ class ThreadRanks(Ranks):
     def gather_into(self, room, own):
         torch.cat(self.gather(own), out=room)
 
+    def exchange(self, own, counts):
+        if self.size == 1:
+            return own
+        assert len(own) == sum(counts[self.rank])
+        parts = [part.split(list(row))[self.rank] for part, row in zip(self.gather_objects(own.detach()), counts, strict=True)]
+        return torch.cat(parts)
+
     def sum(self, own):
         return own if self.size == 1 else torch.stack(self.gather(own)).sum(0, dtype=own.dtype)
 

@@ -17,7 +17,7 @@ from ..sae.encoders import ENCODERS
 from ..sae.files import write_text
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
-from .activations.live import ContextStream
+from .activations.context_stream import ContextStream
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
 from .activations.tensor_stream import TensorStream
@@ -33,6 +33,7 @@ from .processes import mesh
 from .recipe import DictionarySection, Recipe, dump_recipe
 from .report import TrainingLog
 from .resolve_hooks import dictionary_arguments
+from .start_source import StartSource
 from .state import Logged, Randomness, TrainState
 from .versions import git_commit, own_version
 from .warm_start import warm_start
@@ -70,11 +71,17 @@ def build_group(
     stream: ActivationStream,
     recipes: list[Recipe],
     earlier: Mapping[str, Recipe],
+    sources: Mapping[str, StartSource],
     accelerator: Accelerator,
     writer: Executor,
     stack: ExitStack,
 ) -> Group:
-    """Build all members over one stream, and move it to where the first unfinished member resumes."""
+    """Build all members over one stream, and move it to where the first unfinished member resumes.
+
+    Args:
+        earlier: Recipes of the saved states to resume, by ``out_dir``.
+        sources: What new members with a start begin with, by ``out_dir``.
+    """
     # For user iterables that generate random tensors.
     torch.manual_seed(recipes[0].seed)
     # A resumed run takes from the sample only its width. Other sources than a store may draw random numbers for it.
@@ -84,7 +91,8 @@ def build_group(
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
-            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, writer)
+            place = recipe.out_dir
+            member = _member(recipe, start, earlier.get(place), sources.get(place), randomness, accelerator, writer)
         stack.callback(member.report.close)
         members.append(member)
     state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
@@ -97,6 +105,7 @@ def _member(
     recipe: Recipe,
     start: Start,
     earlier: Recipe | None,
+    source: StartSource | None,
     randomness: Randomness,
     accelerator: Accelerator,
     writer: Executor,
@@ -104,8 +113,10 @@ def _member(
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
     moments, warm = (start.moments, start.target_moments), None
-    if earlier is None and section.start is not None:
-        warm = warm_start(recipe, start.widths(section), stream, start.sample, moments)
+    # A start is always read where there is nothing to resume.
+    assert earlier is not None or (source is None) == (section.start is None)
+    if earlier is None and source is not None:
+        warm = warm_start(source, recipe, start.widths(section), stream, start.sample, moments)
         recipe = warm.recipe
     whole = build_dictionary(dictionary_arguments(recipe, start.widths(section))) if warm is None else warm.dictionary
     if earlier is None and warm is None:
@@ -117,7 +128,8 @@ def _member(
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
-    divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
+    splices = isinstance(stream, ContextStream)
+    divergence = Divergence(stream.model, section.hooks_out[0], ranks.shards) if splices else None
     phases = Phases(dictionary, recipe).to(accelerator.device)
     objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, phases.weights(0)).to(
         accelerator.device
@@ -125,7 +137,8 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
+    layers, device = len(dictionary.blocks), accelerator.device
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, device, randomness, ranks.shards, layers)
     state.budget = recipe.tokens
     state.start = None if warm is None else warm.record
     logged = Logged() if earlier is None else state.restore(directory, dictionary, phases, optimizer)

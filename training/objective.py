@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ..sae import SparseCode, SparseDictionary
 from ..sae.losses import aux_zipf, normalized_mse, overlap, pre_activation_loss
+from ..sae.ranks import UNDIVIDED, Shards
 from ..sae.sparse_ops import decode
+from .activations.contexts import Origin
 from .activations.model import LanguageModel
 from .activations.stream import ActivationBatch
 
@@ -58,16 +60,27 @@ class AuxSettings:
 class Divergence:
     """KL divergence of the model's predictions when ``hook`` gets the reconstruction, in nats per token.
 
-    It is KL(clean || spliced). Gradients flow through the frozen model into the dictionary.
+    It is KL(clean || spliced). Gradients flow through the frozen model into the dictionary. Ranks run the model on some
+    contexts each; the mean over the parts of a batch is the divergence of the whole batch.
     Source: Braun et al. 2024, arXiv:2405.12241.
     """
 
-    def __init__(self, model: LanguageModel, hook: str):
-        self.model, self.hook = model, hook
+    def __init__(self, model: LanguageModel, hook: str, shards: Shards = UNDIVIDED):
+        self.model, self.hook, self.shards = model, hook, shards
 
     def __call__(self, batch: ActivationBatch, y_hat: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
         origin = batch.origin
         assert origin is not None
+        if origin.routes is None:
+            return self._per_prediction(origin, y_hat).mean()
+        # Shards have the same reconstructions, and run different contexts.
+        y_hat = origin.routes(self.shards.shared(y_hat))
+        # A rank without contexts sends and receives nothing, but takes part.
+        total = self._per_prediction(origin, y_hat).sum() if len(y_hat) else y_hat.sum()
+        own = total * origin.routes.ranks.size / origin.counted_of_all
+        return own + (self.shards.sum(own.detach()) - own.detach())
+
+    def _per_prediction(self, origin: Origin, y_hat: Float[Tensor, "tokens d_out"]) -> Float[Tensor, " predictions"]:
         with torch.no_grad():
             clean = self.model.run(origin.token_ids)[:, :-1][origin.counted].float().log_softmax(-1)
 
@@ -76,7 +89,7 @@ class Divergence:
 
         with self.model.replacing(self.hook, splice):
             spliced = self.model.run(origin.token_ids)[:, :-1][origin.counted].float().log_softmax(-1)
-        return (clean.exp() * (clean - spliced)).sum(-1).mean()
+        return (clean.exp() * (clean - spliced)).sum(-1)
 
 
 class Objective(nn.Module):

@@ -126,9 +126,9 @@ def norm_over_shards(dictionary: SparseDictionary, squares: Mapping[Any, Tensor]
     if dictionary.shards.size == 1:
         return torch.stack(list(squares.values())).sum().sqrt()
     names: dict[Any, str] = {parameter: name for name, parameter in dictionary.named_parameters()}
-    zero = torch.zeros((), device=dictionary.device)
-    own = sum((s for p, s in squares.items() if per_latent(names[p], p, dictionary.n_latents)), zero)
-    shared = sum((s for p, s in squares.items() if not per_latent(names[p], p, dictionary.n_latents)), zero)
+    zero, n_latents, layers = torch.zeros((), device=dictionary.device), dictionary.n_latents, len(dictionary.blocks)
+    own = sum((s for p, s in squares.items() if per_latent(names[p], p, n_latents, layers)), zero)
+    shared = sum((s for p, s in squares.items() if not per_latent(names[p], p, n_latents, layers)), zero)
     return (dictionary.shards.sum(own) + shared).sqrt()
 
 

@@ -83,6 +83,9 @@ class Mesh:
     shards: Shards
 
 
+ONE_PROCESS = Mesh(ALONE, ALONE, UNDIVIDED)
+
+
 @cache
 def mesh(latents: int = 1) -> Mesh:
     """Return the division of this run's ranks into parts of the batch and ``latents`` shards.

@@ -1,7 +1,7 @@
 """Resolution of recipes against their language model: layers and sites become hooks, whose widths are looked up."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,12 @@ from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .activations.vector_files import VectorFiles
 from .content import Content
+from .mlp_start import mlp_source
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
+from .recipe.schema import MLP_START
 from .recipe.validation import unharvested, with_budget
-from .start_source import StartSource, with_start
+from .start_source import StartSource, read_start, with_start
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.
@@ -178,7 +180,7 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
         try:
             if not section.resolved:
                 section = _named(section, outline.model)
-            section, source = with_start(recipe.model_copy(update={"dictionary": section}))
+            section, source = with_start(recipe.model_copy(update={"dictionary": section}), _reader(outline))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
         else:
@@ -195,6 +197,17 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
         changed = recipe.model_copy(update={"dictionary": section, "harvest": harvest})
         found.append(ResolvedRecipe(changed, outlines[recipe.model], source))
     return found
+
+
+def _reader(outline: ModelOutline) -> Callable[[DictionarySection], StartSource]:
+    """Return what reads a recipe's start: from files, or from the weights of the model."""
+
+    def read(section: DictionarySection) -> StartSource:
+        if section.start is None or section.start.path != MLP_START:
+            return read_start(section)
+        return mlp_source(section, outline.model, lambda: outline.loaded_for(section.all_hooks))
+
+    return read
 
 
 def _named(section: DictionarySection, model: LanguageModel) -> DictionarySection:

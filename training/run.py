@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState
 from ..sae.errors import WriteError, doing
 from ..sae.ranks import ALONE, Ranks
 from ..transcoders.load import RecipeValue
+from .activations.context_stream import ContextStream
 from .activations.harvest import harvest_activations, require_shared_store
-from .activations.live import Buffers, ContextStream, LiveStream
+from .activations.live import Buffers, LiveStream
 from .activations.model import LanguageModel, resolve_device
 from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore
@@ -38,6 +39,7 @@ from .resolve_hooks import ResolvedRecipe, resolve_recipes
 from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
+from .start_source import StartSource
 from .training_plan import TrainingPlan
 from .warm_start import after_training
 
@@ -222,7 +224,9 @@ def _train_all(
         _tell([Path(recipe.out_dir).name for recipe in recipes], known)
         together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
-        _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
+        sources = {member.recipe.out_dir: member.source for member in members if member.source is not None}
+        resumed = {name: old for name, old in earlier.items() if old}
+        _train(together, resumed, sources, dict(zip(dirs, known, strict=True)))
 
 
 @contextmanager
@@ -260,7 +264,8 @@ def open_streams(
             whole = first.harvest.gradients or any(member.recipe.uses_kl for member in members)
             model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
-            buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
+            keep, ranks = min(len(groups), 2), own_ranks()
+            buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep, ranks)
             streams = [_live_stream(buffers, group[0], part) for group, part in zip(groups, parts, strict=True)]
         else:
             store = run_harvest(members[0], plans[0] if plans else None)
@@ -275,7 +280,8 @@ def open_streams(
 def _live_stream(buffers: Buffers, recipe: Recipe, part: BatchPart) -> ActivationStream:
     section = recipe.dictionary
     moments = calibrated_on(recipe)
-    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part)
+    over = mesh(recipe.distributed.latents)
+    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part, over)
     return ContextStream(rows) if recipe.uses_kl else rows
 
 
@@ -297,12 +303,14 @@ def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
 def _train(
     together: list[tuple[ActivationStream, list[Recipe]]],
     earlier: Mapping[str, Recipe],
+    sources: Mapping[str, StartSource],
     known: Mapping[str, Sequence[Shortfall]],
 ) -> None:
     """Train on streams, then calibrate.
 
     Args:
         earlier: Recipes of the saved states to resume, by ``out_dir``.
+        sources: What new runs with a start begin with, by ``out_dir``.
         known: Shortfalls known before training, by ``out_dir``.
     """
     first = together[0][1][0]
@@ -317,7 +325,7 @@ def _train(
     with ExitStack() as stack:
         # One thread, which has ended when this block is left, however it is.
         writer = stack.enter_context(ThreadPoolExecutor(1, "sparsary-save"))
-        groups = [build_group(stream, recipes, earlier, accelerator, writer, stack) for stream, recipes in together]
+        groups = [build_group(stream, recipes, earlier, sources, accelerator, writer, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
         for member in (member for group in groups for member in group.members):
             member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..sae.ranks import Ranks
-from .divided import divides_batch, require_divisible, undivided_objective
+from .divided import divides_batch, require_divisible
 from .processes import mesh, require_agreement
 from .recipe import Recipe, dump_recipe
 from .versions import git_commit, own_version
@@ -25,8 +25,6 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
                 f"{recipe.accumulate}), got "
                 f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
             )
-        if reason := undivided_objective(recipe):
-            raise ValueError(f"objective: {reason}, got {ranks.size}. Start it without a launcher.")
 
 
 def same_on_all(recipes: Sequence[Recipe]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Saved dictionary that a run starts from (``dictionary.start``), and the keys that a recipe takes over from it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ..sae.files import read_text
 from ..transcoders.cross_layer import CrossLayerTranscoder
 from ..transcoders.load import OWN, CheckpointOptions, find
 from ..transcoders.stack import hooks_of_provenance
+from .activations.stream import ActivationBatch
 from .checkpoints import RECIPE_FILE
 from .content import Content, file_digest
 from .recipe import DictionarySection, Recipe, check_recipe, parse_yaml
@@ -52,6 +53,10 @@ class StartSource:
     @property
     def joint(self) -> bool:
         return isinstance(self.dictionary, CrossLayerTranscoder) and self.dictionary.joint
+
+    def fitted(self, sample: ActivationBatch) -> "StartSource":
+        """Return the source with its weights; files hold them, whatever the sample is."""
+        return self
 
     def content(self) -> Content:
         """Return the sha256 of every file that was read, by its name."""
@@ -171,13 +176,18 @@ def read_start(section: DictionarySection) -> StartSource:
         found.directory,
         found.files,
     )
-    if source.kind != section.kind:
+    require_kind(source.place, source.kind, section.kind)
+    return source
+
+
+def require_kind(place: str, kind: str, wanted: str) -> None:
+    """Raise ``ValueError`` unless a start is of the recipe's kind of dictionary."""
+    if kind != wanted:
         keys = {"sae": "hook", "transcoder": "hook_in and hook_out", "cross_layer_transcoder": "lists of hook_in and hook_out"}
         raise ValueError(
-            f"dictionary.start: {source.place} is a {source.kind}, the recipe's dictionary is a {section.kind}. Set "
-            f"dictionary.kind: {source.kind} with {keys[source.kind]}, or choose another start."
+            f"dictionary.start: {place} is a {kind}, the recipe's dictionary is a {wanted}. Set "
+            f"dictionary.kind: {kind} with {keys[kind]}, or choose another start."
         )
-    return source
 
 
 def _hooks(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -203,8 +213,10 @@ def _chosen(names: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]], sectio
     return fitting[0]
 
 
-def with_start(recipe: Recipe) -> tuple[DictionarySection, StartSource | None]:
-    """Return the recipe's dictionary section with the keys of its start filled in, and the start.
+def with_start(
+    recipe: Recipe, read: Callable[[DictionarySection], StartSource] = read_start
+) -> tuple[DictionarySection, StartSource | None]:
+    """Return the recipe's dictionary section with the keys of its start filled in, and the start, which ``read`` returns.
 
     A run that has saved a state resumes: the start is not read again, and missing keys are those of the saved recipe.
 
@@ -223,7 +235,7 @@ def with_start(recipe: Recipe) -> tuple[DictionarySection, StartSource | None]:
         if key is not None and saved.known_encoder["name"] == spec["name"]:
             spec = spec | {key: saved.known_encoder[key]}
         return _checked(recipe, section.model_copy(update=own | {"encoder": spec})), None
-    source = read_start(section)
+    source = read(section)
     spec = source.spec() if section.encoder is None else section.encoder
     key, budget = missing_budget(spec), source.budget()
     if key is not None and budget is not None:

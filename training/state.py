@@ -77,8 +77,9 @@ class TrainState:
         device: torch.device,
         randomness: Randomness,
         shards: Shards = UNDIVIDED,
+        layers: int = 1,
     ):
-        self.randomness, self.shards = randomness, shards
+        self.randomness, self.shards, self.layers = randomness, shards, layers
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
@@ -108,7 +109,7 @@ class TrainState:
 
     def training_usage(self) -> TrainingUsage:
         """Return the usage of all shards' latents, as stored in checkpoints."""
-        return TrainingUsage(torch.cat(self.shards.gather(self.silent_for)).cpu(), self.dead_after_tokens, self.tokens)
+        return TrainingUsage(self.shards.joined(self.silent_for, self.layers).cpu(), self.dead_after_tokens, self.tokens)
 
     def advance(self, tokens: int, terms: Terms) -> None:
         """Count one step, without synchronizing with the device."""
@@ -171,7 +172,7 @@ class TrainState:
             tensors |= {f"screen/{name}": value for name, value in dictionary.screen.state().items()}
         tensors["silent_for"], tensors["density"] = self.silent_for, self.density
         tensors |= {f"random/{device}": values for device, values in self.randomness.own.items()}
-        return whole_tensors(tensors, dictionary.n_latents, dictionary.shards)
+        return whole_tensors(tensors, dictionary.n_latents, dictionary.shards, len(dictionary.blocks))
 
     def restore(
         self,
@@ -217,7 +218,7 @@ class TrainState:
             RuntimeError: If a tensor has another shape.
         """
         shards = dictionary.shards
-        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards)
+        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards, len(dictionary.blocks))
         for part, module in _parts(dictionary, phases).items():
             own = _below(f"{part}/", tensors)
             if own.keys() != _own(module.state_dict()).keys():

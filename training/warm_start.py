@@ -33,7 +33,7 @@ from .initialize import apart, geometric_median, set_scales
 from .recipe import Recipe
 from .recipe.validation import with_budget
 from .resolve_hooks import dictionary_arguments
-from .start_source import StartSource, read_start
+from .start_source import StartSource
 
 log = logging.getLogger(__name__)
 # Held-out tokens on which a dictionary is judged before and after its training.
@@ -144,6 +144,7 @@ def same_rule(source: SparseDictionary, dictionary: SparseDictionary) -> bool:
 
 
 def warm_start(
+    source: StartSource,
     recipe: Recipe,
     widths: dict[str, int],
     stream: ActivationStream,
@@ -153,17 +154,18 @@ def warm_start(
     """Return the dictionary that a run of the recipe begins with, from its start.
 
     Args:
+        source: The start, as it was read.
         widths: Width of every hook of the recipe's dictionary.
         stream: Source of the held-out activations that the dictionary is judged on.
         sample: Activations that decide which latents are kept, the directions of new ones, and calibration.
         moments: Moments of inputs and targets.
 
     Raises:
-        ValueError: If the start cannot be read or does not fit, or the activations are constant.
+        ValueError: If the start does not fit, or the activations are constant.
     """
     section = recipe.dictionary
-    source = read_start(section)
     source.require_fit(section, widths)
+    source = source.fitted(sample)
     usage = Usage.of(source.dictionary, sample.x)
     completed = with_budget(section.known_encoder, usage.l0 / source.dictionary.n_sites)
     recipe = recipe.model_copy(update={"dictionary": section.model_copy(update={"encoder": completed})})

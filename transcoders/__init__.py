@@ -1,4 +1,4 @@
-"""Transcoders: dictionaries from one activation of a model to another. Tensors in, sparse codes out."""
+"""Transcoders and crosscoders: dictionaries of several activations of a model. Tensors in, sparse codes out."""
 
 if __name__ == "transcoders":
     raise ImportError(
@@ -6,7 +6,8 @@ if __name__ == "transcoders":
     )
 
 from .cross_layer import CrossLayerTranscoder
+from .crosscoder import Crosscoder
 from .stack import Stack, load_stack
 from .transcoder import Transcoder
 
-__all__ = ["CrossLayerTranscoder", "Stack", "Transcoder", "load_stack"]
+__all__ = ["CrossLayerTranscoder", "Crosscoder", "Stack", "Transcoder", "load_stack"]

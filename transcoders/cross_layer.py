@@ -16,7 +16,7 @@ from ..sae.dictionary import LatentBlock, SparseDictionary, required_input
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.penalised import Penalised
-from ..sae.ranks import ALONE, largest_of_all
+from ..sae.ranks import ALONE, UNDIVIDED, largest_of_all
 from ..sae.sparse_code import AuxTerms, Revival, SparseCode, group_by_latent
 from ..sae.thresholds import calibrate_cuts
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
@@ -44,6 +44,8 @@ class CrossLayerTranscoder(SparseDictionary):
     selection, 0.085 by threshold). For encoders with a sparsity penalty, ``joint`` makes ``target_l0`` the mean over layers:
     one weight, steered by the total L0, leaves the distribution over layers free. Without ``joint`` every layer meets the
     target with its own weight.
+
+    Ranks that divide the latents have equally many of every layer each, so that all hold and compute the same amount.
 
     With ``skip`` every layer's output also gets ``W_skip[m] (x^m - in_centre^m)``, as in some loaded transcoders.
 
@@ -75,7 +77,7 @@ class CrossLayerTranscoder(SparseDictionary):
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if n_layers < 1 or size % n_layers:
                 raise ValueError(f"dictionary.{name}: expected a multiple of the {n_layers} layers, got {size}.")
-        super().__init__(d_in, d_out, n_latents, encoder, n_sites=n_layers)
+        super().__init__(d_in, d_out, n_latents, encoder, widths=[(d_in // n_layers, d_out // n_layers)] * n_layers)
         name = encoder_spec(encoder)["name"]
         allowed = JOINT_ENCODERS if joint else LAYER_ENCODERS
         if name not in allowed and (joint or name not in LOADED_LAYER_ENCODERS):
@@ -146,7 +148,7 @@ class CrossLayerTranscoder(SparseDictionary):
                 slice(site.writes.start, self.d_out),
                 # No shift: it is a constant here, and its shortcut would stop gradients that flow through the model into the
                 # inputs.
-                Weights(W_enc, b_enc, W_dec, site_width=self.d_out // self.n_layers, ranks=ranks),
+                Weights(W_enc, b_enc, W_dec, site_width=self.d_out // self.n_layers, ranks=ranks, shards=self.shards),
             )
             for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
         ]
@@ -222,7 +224,7 @@ class CrossLayerTranscoder(SparseDictionary):
     def _strongest(self, x: Float[Tensor, "tokens d_in"]) -> list[SparseCode]:
         """Return each layer's part of the batch's strongest pairs."""
         scorers = [scorer(x[:, block.reads], block.weights) for block in self.blocks]
-        budget, ranks = len(x) * self.ranks.size * self.budget, self.ranks
+        budget, ranks = len(x) * self.ranks.size * self.budget, self.shards.selecting(self.ranks)
         candidates = self._candidates(scorers, budget)
         values = torch.cat([code.values for code in candidates])
         if ranks.size > 1:
@@ -249,10 +251,10 @@ class CrossLayerTranscoder(SparseDictionary):
         """Return at least the ``budget`` largest scores: those above a guessed level, or if too few, each layer's largest."""
         if self._cut is not None:
             found = [above(s.tiles(), torch.tensor(self._cut, device=s.x.device), *s.shape) for s in scorers]
-            if self.ranks.total(sum(len(code.values) for code in found)) >= budget:
+            if self.shards.selecting(self.ranks).total(sum(len(code.values) for code in found)) >= budget:
                 return found
         # Each rank's own largest: the selection among all ranks is the caller's.
-        return [largest_of_batch(replace(s, ranks=ALONE), budget)[0] for s in scorers]
+        return [largest_of_batch(replace(s, ranks=ALONE, shards=UNDIVIDED), budget)[0] for s in scorers]
 
     @torch.no_grad()
     def _observe(self, smallest: Float[Tensor, ""]) -> None:
@@ -266,7 +268,7 @@ class CrossLayerTranscoder(SparseDictionary):
         encoders = [encoder for encoder in self.encoders if isinstance(encoder, Penalised)]
         if not encoders or encoders[0].target_l0 is None:
             return code
-        l0 = self.ranks.mean((code.values != 0).sum() / (code.n_tokens * self.n_layers))
+        l0 = self.ranks.mean(self.shards.sum((code.values != 0).sum() / (code.n_tokens * self.n_layers)))
         wanted, rests = encoders[0].target_l0, encoders[0].rising
         pushes = [controller.steer(l0, wanted, rests) for encoder in encoders for controller in encoder.controllers]
         penalties = {name: penalty * pushes[0] for name, penalty in code.requests.penalties.items()}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.files import write_json
-from .graph import AttributionGraph
+from .attention import ExplainedScore, GraphAttention
+from .graph import AttributionGraph, GraphNode
 from .labels import Latent, Note
 from .pruning import Pruned
 
@@ -40,15 +41,24 @@ def cantor(layer: int, latent: int) -> int:
 
 
 def as_json(
-    graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, node_threshold: float, edge_threshold: float
+    graph: AttributionGraph,
+    pruned: Pruned,
+    labels: GraphLabels,
+    node_threshold: float,
+    edge_threshold: float,
+    attention: GraphAttention | None = None,
 ) -> dict[str, Any]:
-    """Return ``metadata``, ``qParams``, ``nodes`` and ``links``; ``influence`` of a node is its cumulative share in pruning."""
+    """Return ``metadata``, ``qParams``, ``nodes`` and ``links``; ``influence`` of a node is its cumulative share in pruning.
+
+    With ``attention``, links have the parts of their weight by head, and ``attention_scores`` is a further entry; both are
+    beyond circuit-tracer's schema.
+    """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     identities = {number: node_id(graph, number) for number in kept}
     scores = graph.scores()
     targets, sources = pruned.edges.nonzero(as_tuple=True)
     weights = graph.adjacency[targets, sources].tolist()
-    return {
+    values: dict[str, Any] = {
         "metadata": {
             "slug": "graph",
             "scan": SCAN,
@@ -78,6 +88,12 @@ def as_json(
             for target, source, weight in zip(targets.tolist(), sources.tolist(), weights, strict=True)
         ],
     }
+    if attention is not None:
+        for link, target, source in zip(values["links"], targets.tolist(), sources.tolist(), strict=True):
+            carried = attention.edges[target, source]
+            link |= {"direct": carried.direct, "heads": [part._asdict() for part in carried.heads]}
+        values["attention_scores"] = [_score(graph, score) for score in attention.scores]
+    return values
 
 
 def latent_json(layer: int, latent: int, note: Note) -> dict[str, Any]:
@@ -118,10 +134,28 @@ def write_graph(directory: str | Path, values: Mapping[str, Any], notes: Mapping
 
 def node_id(graph: AttributionGraph, number: int) -> str:
     """Return the front end's node id: layer, index and position."""
-    node = graph.node(number)
-    layer = {"token": "E", "logit": str(graph.n_layers + 1)}.get(node.kind, str(node.layer))
+    return _identity(graph.node(number), graph.n_layers)
+
+
+def _identity(node: GraphNode, n_layers: int) -> str:
+    layer = {"token": "E", "logit": str(n_layers + 1)}.get(node.kind, str(node.layer))
     # Minus one is no latent's number, so error nodes cannot collide with latents.
     return f"{layer}_{-1 if node.index is None else node.index}_{node.position}"
+
+
+def _score(graph: AttributionGraph, score: ExplainedScore) -> dict[str, Any]:
+    def named(node: GraphNode | None) -> str | None:
+        return None if node is None else _identity(node, graph.n_layers)
+
+    return {
+        **score.place._asdict(),
+        "weight": score.weight,
+        "score": score.score,
+        "cap": score.cap,
+        "influence": score.influence,
+        "terms": [{"query": named(query), "key": named(key), "value": value} for query, key, value in score.terms],
+        "rest": score.rest,
+    }
 
 
 def _node(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, number: int) -> dict[str, Any]:

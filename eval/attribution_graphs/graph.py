@@ -2,12 +2,13 @@
 
 An edge is the direct effect of its source on its target: along the residual stream and through attention with this prompt's
 patterns, but through no other latent. The edges into a target and its constant add up to its pre-activation, or to its logit
-minus the mean logit; ``eval.attribution_graphs.local_replacement_model`` lists what is frozen.
+minus the mean logit; ``eval.attribution_graphs.local_replacement_model`` lists what is frozen. Where a model has a soft cap on
+logits, they are those before it.
 
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,19 +18,20 @@ from torch import Tensor
 
 from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel
+from .edges import MAX_NUMBERS, Edges, latents_within, targets_within
 from .local_replacement_model import Active, LocalReplacement, Slopes
 from .pruning import SMALLEST_SUM, GraphScores, Pruned, influence, partial_influence, prune, scores
 from .replacement_model import Replacement, ReplacementDictionaries
 
 MAX_LOGITS, LOGIT_MASS = 10, 0.95
-# Bounds peak memory: targets x layers x positions x d_model numbers.
+# Latents are chosen in steps of this many.
 BATCH_TARGETS = 256
 KINDS = ("latent", "error", "token", "logit")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A logit minus the mean logit, or minus the foil's logit.
+    """A logit minus the mean logit, or minus the foil's logit. A soft cap on logits acts on ``probability`` only.
 
     ``weight`` is the influence that starts there: the token's probability, or 1 for an explicit answer.
     """
@@ -152,6 +154,8 @@ def build_graph(
     exclude_leading: int = 1,
     max_latents: int | None = None,
     batch_targets: int = BATCH_TARGETS,
+    max_numbers: int = MAX_NUMBERS,
+    hooks: Mapping[int, tuple[str, str]] | None = None,
 ) -> AttributionGraph:
     """Return the attribution graph of the model's prediction after ``token_ids``, with transcoders in place of its MLPs.
 
@@ -162,14 +166,22 @@ def build_graph(
         foil: The target is the logit of ``answer`` minus that of ``foil``.
         exclude_leading: MLP outputs at the first positions are constants. Activations at the first token, an attention sink,
             are outliers; circuit-tracer excludes them too.
-        max_latents: Keep only this many latents, chosen greedily by their influence on the graph so far.
+        max_latents: Keep only this many latents, chosen greedily by their influence on the graph so far; by default all, or
+            as many as ``max_numbers`` allows.
+        batch_targets: Number of latents chosen at a time.
+        max_numbers: Entries of the largest tensor that the graph makes, beside those of the model's own forward pass.
+            ``edges.latents_within`` has the formula.
+        hooks: Hooks that the transcoders read and write, by layer, if they differ from those of site ``mlp`` and are not in a
+            stack's provenances: in Gemma 2 and 3 a transcoder may write the output of the norm after the MLP.
 
     Raises:
-        ValueError: If the dictionaries do not fit the model, or the prompt or a token is not one of the model's.
+        ValueError: If the dictionaries do not fit the model, the prompt or a token is not one of the model's, or the graph
+            exceeds ``max_numbers``.
     """
     token_ids = torch.as_tensor(token_ids, dtype=torch.long, device=model.device)
-    replacement = Replacement(Architecture(model), dictionaries, layers)
-    return graph_of(LocalReplacement(replacement, token_ids, exclude_leading), answer, foil, max_latents, batch_targets)
+    replacement = Replacement(Architecture(model, post_norms=True), dictionaries, layers, hooks)
+    local = LocalReplacement(replacement, token_ids, exclude_leading)
+    return graph_of(local, answer, foil, max_latents, batch_targets, max_numbers)
 
 
 @torch.no_grad()
@@ -179,14 +191,15 @@ def graph_of(
     foil: int | None = None,
     max_latents: int | None = None,
     batch_targets: int = BATCH_TARGETS,
+    max_numbers: int = MAX_NUMBERS,
 ) -> AttributionGraph:
     """Return the attribution graph of a local replacement model."""
     if max_latents is not None and max_latents < 1:
         raise ValueError(f"max_latents: expected at least 1, got {max_latents}.")
     targets = _targets(local, answer, foil)
-    rows = _Rows(local, targets, batch_targets)
-    everything = len(local.active)
-    rows.explore(everything if max_latents is None else min(max_latents, everything))
+    count = latents_within(local, len(targets), max_latents, max_numbers)
+    rows = _Rows(local, targets, batch_targets, targets_within(local, batch_targets, max_numbers))
+    rows.explore(count)
     return rows.graph()
 
 
@@ -216,12 +229,16 @@ def _targets(local: LocalReplacement, answer: int | None, foil: int | None) -> t
 class _Rows:
     """Rows of the adjacency matrix: the targets' first, then the latents' in the order in which they were computed."""
 
-    def __init__(self, local: LocalReplacement, targets: tuple[Target, ...], batch_targets: int):
-        self.local, self.targets, self.batch = local, targets, batch_targets
+    def __init__(self, local: LocalReplacement, targets: tuple[Target, ...], step: int, at_once: int):
+        self.local, self.targets, self.step, self.at_once = local, targets, step, at_once
         vectors = target_vectors(local, targets)
         last = vectors.new_full((len(targets),), len(local.token_ids) - 1, dtype=torch.long)
-        slopes = local.slopes(torch.full_like(last, local.anatomy.n_layers), last, vectors)
-        self.parts, self.constants = [self._edges(slopes)], [slopes.constants]
+        self.parts: list[Tensor] = []
+        self.constants: list[Tensor] = []
+        for some in torch.arange(len(targets)).split(at_once):
+            edges = Edges(local, len(some))
+            slopes = local.slopes(torch.full_like(some, local.anatomy.n_layers), last[some], vectors[some], edges.visit)
+            self._add(edges, slopes)
         self.seen: list[Tensor] = []
         self.none = last[:0]
         self.totals = vectors @ local.anatomy.final_norm.apply(local.trace.last[0, -1], local.trace.last_scale[0, -1])
@@ -231,17 +248,21 @@ class _Rows:
         everything = len(self.local.active)
         device = self.totals.device
         while (done := sum(len(part) for part in self.seen)) < count:
-            size = min(self.batch, count - done)
+            size = min(self.step, count - done)
             if count == everything:
                 chosen = torch.arange(done, done + size, device=device)
             else:
                 reached = self._influence()[:everything]
                 reached[torch.cat([self.none, *self.seen])] = -1.0
                 chosen = reached.topk(size).indices.sort().values
-            slopes = self.local.latent_slopes(self.local.active.where(chosen))
-            self.parts.append(self._edges(slopes))
-            self.constants.append(slopes.constants)
+            for some in chosen.split(self.at_once):
+                edges = Edges(self.local, len(some))
+                self._add(edges, self.local.latent_slopes(self.local.active.where(some), edges.visit))
             self.seen.append(chosen)
+
+    def _add(self, edges: Edges, slopes: Slopes) -> None:
+        self.parts.append(edges.whole(slopes))
+        self.constants.append(slopes.constants)
 
     def graph(self) -> AttributionGraph:
         local, n_targets, everything = self.local, len(self.targets), len(self.local.active)
@@ -284,15 +305,3 @@ class _Rows:
         rows = torch.cat(self.parts)
         weights = torch.tensor([target.weight for target in self.targets]).to(rows)
         return partial_influence(rows, weights, torch.cat([self.none, *self.seen]))
-
-    def _edges(self, slopes: Slopes) -> Float[Tensor, "targets sources"]:
-        """Return the edges from every active latent, error and token."""
-        local, active = self.local, self.local.active
-        edges = slopes.constants.new_zeros(len(slopes.constants), len(active))
-        for layer, position, which in active.groups():
-            atoms = local.replacement.writes(layer, active.latents[which]) * active.values[which, None, None]
-            there = slopes.mlps[:, list(local.replacement.written(layer)), position]
-            edges[:, which] = there.flatten(1) @ atoms.flatten(1).T
-        errors = torch.einsum("bltm,ltm->blt", slopes.mlps, local.errors).flatten(1)
-        tokens = torch.einsum("btm,tm->bt", slopes.embeddings, local.embeddings)
-        return torch.cat([edges, errors, tokens], dim=1)

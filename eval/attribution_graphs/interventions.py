@@ -21,6 +21,7 @@ from scipy import stats
 from torch import Tensor
 
 from ...training.activations.splice import model_spliced
+from .edges import MAX_NUMBERS
 from .graph import AttributionGraph, target_vectors
 from .local_replacement_model import LocalReplacement
 from .perturbed_runs import Measured, kept_positions
@@ -75,10 +76,12 @@ def intervene(
     sources: Int[Tensor, " sources"],
     targets: Int[Tensor, " targets"] | None = None,
     factor: float = 0.0,
+    max_numbers: int = MAX_NUMBERS,
 ) -> Interventions:
     """Multiply latents by ``factor``, one at a time, and return predicted and measured effects; 0 ablates them.
 
-    ``targets`` are the latents to measure, by default all; logits are always measured.
+    ``targets`` are the latents to measure, by default all; logits are always measured. Runs are batched as far as
+    ``max_numbers`` entries per tensor allow.
 
     Raises:
         ValueError: If a source or target is not a latent of the graph.
@@ -90,16 +93,24 @@ def intervene(
             raise ValueError(f"{name}: expected latents of the graph, 0 to {len(every) - 1}, got {chosen.tolist()}.")
     columns = torch.cat([targets, torch.arange(graph.logits.start, graph.n_nodes, device=targets.device)])
     predicted = predict(graph, sources, factor)
+    runs = runs_within(local, max_numbers)
     return Interventions(
         sources,
         columns,
         len(graph.targets),
         {kind: changes[:, columns] for kind, changes in predicted.items()},
         {
-            place: {kind: _measured(local, graph, sources, factor, kind, place)[:, columns] for kind in EFFECTS}
+            place: {kind: _measured(local, graph, sources, factor, kind, place, runs)[:, columns] for kind in EFFECTS}
             for place in PLACES
         },
     )
+
+
+def runs_within(local: LocalReplacement, max_numbers: int, at_most: int = BATCH_RUNS) -> int:
+    """Return the number of runs in a batch, so that neither logits nor all layers' changes exceed ``max_numbers`` entries."""
+    anatomy = local.anatomy
+    per_run = len(local.token_ids) * max(len(anatomy.W_U), anatomy.n_layers * anatomy.d_model)
+    return max(1, min(at_most, max_numbers // per_run))
 
 
 def most_influential(graph: AttributionGraph, count: int) -> Int[Tensor, " sources"]:
@@ -156,13 +167,13 @@ def compare_replacement(local: LocalReplacement) -> Replaced:
 
 
 def _measured(
-    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, kind: str, place: str
+    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, kind: str, place: str, runs: int
 ) -> Float[Tensor, "sources nodes"]:
-    hold, parts = kind == "direct", sources.split(BATCH_RUNS)
+    hold, parts = kind == "direct", sources.split(runs)
     if place == "local":
         return torch.cat([_replayed(local, graph, some, factor, hold) for some in parts])
-    runs = Measured(local, graph, hold, hold_patterns=place != "model", hold_norms=place == "norms")
-    return torch.cat([runs.changes(some, factor) for some in parts])
+    measured = Measured(local, graph, hold, hold_patterns=place != "model", hold_norms=place == "norms")
+    return torch.cat([measured.changes(some, factor) for some in parts])
 
 
 def _replayed(

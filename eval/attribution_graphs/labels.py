@@ -122,12 +122,21 @@ def with_promoted(replacement: Replacement, notes: Mapping[Latent, Note], words:
     unembedding = anatomy.final_norm.fold(anatomy.W_U - anatomy.W_U.mean(0))
     found = {}
     for (layer, latent), note in notes.items():
-        written = replacement.writes(layer, torch.tensor([latent], device=unembedding.device))[0].sum(0)
+        writes = replacement.writes(layer, torch.tensor([latent], device=unembedding.device))[0]
+        written = torch.stack(
+            [_gained(replacement, *pair) for pair in zip(replacement.written(layer), writes, strict=True)]
+        ).sum(0)
         effects = unembedding @ written
         count = min(PROMOTED, len(effects))
         sides = [tuple(str(words[i]) for i in side.topk(count).indices.tolist()) for side in (effects, -effects)]
         found[layer, latent] = replace(note, promoted=sides[0], suppressed=sides[1])
     return found
+
+
+def _gained(replacement: Replacement, layer: int, direction: Tensor) -> Tensor:
+    """Return what the norm after the layer's MLP, if there is one, makes of a direction, up to its denominator."""
+    norm = replacement.anatomy.layers[layer].mlp_post_norm
+    return direction if norm is None or replacement.after_norm(layer) else norm.centre(direction) * norm.weight
 
 
 def _only(codes: Mapping[int, SparseCode], numbers: Mapping[Latent, int]) -> SparseCode:

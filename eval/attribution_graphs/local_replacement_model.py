@@ -2,7 +2,9 @@
 
 Frozen at their values on this prompt: attention patterns, norm denominators, the set of active latents, and the errors (MLP
 outputs minus their reconstructions). A latent's pre-activation and a logit are then sums over everything written before
-them. At excluded positions the whole MLP output is a constant.
+them. At excluded positions the whole MLP output is a constant. Norms after attention and MLP (Gemma 2 and 3) are divisions by
+frozen denominators like all others; soft caps on attention scores are part of the frozen patterns; a soft cap on logits is left
+out: logits here are those before it.
 
 circuit-tracer 0.5.0 differs in two ways. For models with learned positions (GPT-2), its token nodes hold the token embedding
 only, and the position embedding is part of the constant; here a token node is the initial residual stream. For transcoders
@@ -11,7 +13,7 @@ with a skip path, it lets influence pass through the skip at position 0 too, whe
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,11 +54,29 @@ class Active:
 
 
 class Slopes(NamedTuple):
-    """Gradients of targets with respect to the terms of the residual stream, and the targets' constant parts."""
+    """Gradients of targets with respect to the initial residual stream, and the targets' constant parts."""
 
     embeddings: Float[Tensor, "targets positions d_model"]
-    mlps: Float[Tensor, "targets n_layers positions d_model"]
     constants: Float[Tensor, " targets"]
+
+
+# Called with a layer, and the gradients of targets with respect to what its transcoder replaces: (targets, positions, d_model).
+LayerVisitor = Callable[[int, Tensor], None]
+
+
+class FrozenNorm(NamedTuple):
+    """The linear part of a norm with fixed denominators, one per position."""
+
+    norm: Norm
+    scale: Float[Tensor, " positions"]
+
+    def carry(self, x: Float[Tensor, "... positions d_model"]) -> Float[Tensor, "... positions d_model"]:
+        """Return what the norm makes of ``x``, without its bias."""
+        return self.norm.centre(x) / self.scale[:, None] * self.norm.weight
+
+    def pull(self, grad: Float[Tensor, "... positions d_model"]) -> Float[Tensor, "... positions d_model"]:
+        """Return the gradient with respect to the norm's input."""
+        return self.norm.fold(grad) / self.scale[:, None]
 
 
 class Replayed(NamedTuple):
@@ -70,7 +90,8 @@ class LocalReplacement:
     """The local replacement model of ``token_ids``.
 
     ``errors[l]`` is the part of the MLP output that latents do not explain, ``fixed[l]`` its constant part; without a
-    transcoder, the whole output is error. The first ``exclude_leading`` positions have neither latents nor errors.
+    transcoder, the whole output is error. The MLP output is what the layer's transcoder replaces, before or after the norm
+    that follows the MLP. The first ``exclude_leading`` positions have neither latents nor errors.
 
     Raises:
         ValueError: If the prompt is empty, longer than the model's context, or has no position beyond ``exclude_leading``.
@@ -92,13 +113,27 @@ class LocalReplacement:
     @property
     def embeddings(self) -> Float[Tensor, "positions d_model"]:
         """Initial residual stream: token embeddings, plus position embeddings if there are any."""
-        x = self.anatomy.W_E[self.token_ids]
-        return x if self.anatomy.W_P is None else x + self.anatomy.W_P[: len(self.token_ids)]
+        return self.trace.layers[0].pre[0]
 
-    def latent_slopes(self, active: Active) -> Slopes:
-        """Return the gradients of latents' pre-activations."""
-        vectors, own = self._readers(active)
-        slopes = self.slopes(active.layers, active.positions, vectors)
+    def mlp_out(self, layer: int) -> Float[Tensor, "positions d_model"]:
+        """Return the tensor on this prompt that the layer's transcoder replaces: before or after the norm that follows."""
+        at = self.trace.layers[layer]
+        return (at.mlp_written if self.replacement.after_norm(layer) else at.mlp_out)[0]
+
+    def attention_post_norm(self, layer: int) -> FrozenNorm | None:
+        """Return the norm between the attention output and the stream, if there is one."""
+        norm, scale = self.anatomy.layers[layer].attention_post_norm, self.trace.layers[layer].attention_post_scale
+        return None if norm is None or scale is None else FrozenNorm(norm, scale[0])
+
+    def mlp_post_norm(self, layer: int) -> FrozenNorm | None:
+        """Return the norm between ``mlp_out`` and the stream, if there is one."""
+        norm, scale = self.anatomy.layers[layer].mlp_post_norm, self.trace.layers[layer].mlp_post_scale
+        return None if norm is None or scale is None or self.replacement.after_norm(layer) else FrozenNorm(norm, scale[0])
+
+    def latent_slopes(self, active: Active, visit: LayerVisitor) -> Slopes:
+        """Return the gradients of latents' pre-activations; ``visit`` gets those with respect to each layer's MLP output."""
+        vectors, own = self.readers(active)
+        slopes = self.slopes(active.layers, active.positions, vectors, visit)
         return slopes._replace(constants=slopes.constants + own)
 
     @torch.no_grad()
@@ -107,42 +142,52 @@ class LocalReplacement:
         layers: Int[Tensor, " targets"],
         positions: Int[Tensor, " targets"],
         vectors: Float[Tensor, "targets d_model"],
+        visit: LayerVisitor,
+        at_attention: bool = False,
     ) -> Slopes:
         """Return the gradients of ``vectors @ x``, where ``x`` is the MLP input of a layer at a position.
 
-        Layer ``n_layers`` stands for the input of the unembedding.
+        Layer ``n_layers`` stands for the input of the unembedding. With ``at_attention``, ``x`` is the attention input of the
+        layer instead. ``visit`` is called from the last layer to the first; gradients of one layer only are held at a time.
         """
         anatomy, n = self.anatomy, self.anatomy.n_layers
         grad = vectors.new_zeros(len(vectors), len(self.token_ids), anatomy.d_model)
-        mlps = vectors.new_zeros(len(vectors), n, *grad.shape[1:])
         constants = vectors.new_zeros(len(vectors))
 
         def behind(norm: Norm, scale: Tensor, readers: Tensor) -> Tensor:
             """Return gradients before a norm from those after it, and add its bias to the constants."""
             constants.add_(readers.sum(1) @ norm.bias)
-            return norm.fold(readers) / scale[None, :, None]
+            return FrozenNorm(norm, scale).pull(readers)
+
+        def post(norm: FrozenNorm | None, after: Tensor) -> Tensor:
+            return after if norm is None else behind(norm.norm, norm.scale, after)
 
         def readers_at(layer: int) -> Tensor:
             chosen = (layers == layer).nonzero()[:, 0]
             return torch.zeros_like(grad).index_put_((chosen, positions[chosen]), vectors[chosen])
 
-        grad = grad + behind(anatomy.final_norm, self.trace.last_scale[0], readers_at(n))
+        if not at_attention:
+            grad = grad + behind(anatomy.final_norm, self.trace.last_scale[0], readers_at(n))
         for layer in reversed(range(min(n, int(layers.max()) + 1) if len(layers) else 0)):
             at, weights = self.trace.layers[layer], anatomy.layers[layer]
-            mlps[:, layer] = grad
-            constants += torch.einsum("btm,tm->b", grad, self.fixed[layer])
-            into = readers_at(layer)
+            written = post(self.mlp_post_norm(layer), grad)
+            visit(layer, written)
+            constants += torch.einsum("btm,tm->b", written, self.fixed[layer])
+            into = torch.zeros_like(grad) if at_attention else readers_at(layer)
             if layer in self.skips:
-                into[:, self.exclude_leading :] += grad[:, self.exclude_leading :] @ self.skips[layer]
+                into[:, self.exclude_leading :] += written[:, self.exclude_leading :] @ self.skips[layer]
             to_mid = behind(weights.mlp_norm, at.mlp_scale[0], into)
-            heads = grad if anatomy.parallel else grad + to_mid
+            heads = post(self.attention_post_norm(layer), grad if anatomy.parallel else grad + to_mid)
             constants += torch.einsum("btm,tm->b", heads, self._attention_biases[layer])
             mixed = torch.einsum("btm,hdm->bthd", heads, weights.W_O)
             values = torch.einsum("hts,bthd->bshd", at.pattern[0], mixed)
             read = torch.einsum("bshd,hdm->bsm", values, weights.W_V)
+            norm = FrozenNorm(weights.attention_norm, at.attention_scale[0])
             # Not through `behind`: the attention bias already contains the norm's bias as passed on by the values.
-            grad = grad + to_mid + weights.attention_norm.fold(read) / at.attention_scale[0][None, :, None]
-        return Slopes(grad, mlps, constants)
+            grad = grad + to_mid + norm.pull(read)
+            if at_attention:
+                grad = grad + behind(*norm, readers_at(layer))
+        return Slopes(grad, constants)
 
     @torch.no_grad()
     def replay(
@@ -154,7 +199,7 @@ class LocalReplacement:
         by direct effects only. Latents that are not in ``active`` always keep their values.
         """
         anatomy, runs = self.anatomy, len(values)
-        vectors, own = self._readers(active)
+        vectors, own = self.readers(active)
         pre_acts, now = values.new_zeros(values.shape), active.values.expand_as(values).clone()
         stream = self.embeddings.expand(runs, -1, -1)
         changes = values.new_zeros(runs, anatomy.n_layers, *stream.shape[1:])
@@ -164,6 +209,8 @@ class LocalReplacement:
             v = v.unflatten(-1, weights.b_V.shape)
             z = torch.einsum("hts,bshd->bthd", at.pattern[0], v)
             attention = torch.einsum("bthd,hdm->btm", z, weights.W_O) + weights.b_O
+            if weights.attention_post_norm is not None and at.attention_post_scale is not None:
+                attention = weights.attention_post_norm.apply(attention, at.attention_post_scale)
             x = weights.mlp_norm.apply(stream if anatomy.parallel else stream + attention, at.mlp_scale)
             here = (active.layers == layer).nonzero()[:, 0]
             if len(here):
@@ -172,10 +219,10 @@ class LocalReplacement:
                     now[:, here] += pre_acts[:, here] - active.pre_acts[here]
                 now[:, here] = torch.where(given[:, here], values[:, here], now[:, here])
                 self._write(changes, active.where(here), now[:, here])
-            stream = stream + attention + at.mlp_out + changes[:, layer]
+            moved, post_norm = changes[:, layer], self.mlp_post_norm(layer)
             if layer in self.skips:
-                moved = (x - at.mlp_in)[:, self.exclude_leading :]
-                stream[:, self.exclude_leading :] += moved @ self.skips[layer].T
+                moved[:, self.exclude_leading :] += (x - at.mlp_in)[:, self.exclude_leading :] @ self.skips[layer].T
+            stream = stream + attention + at.mlp_written + (moved if post_norm is None else post_norm.carry(moved))
         return Replayed(pre_acts, anatomy.final_norm.apply(stream[:, -1], self.trace.last_scale[:, -1]))
 
     def _write(self, changes: Tensor, some: Active, now: Float[Tensor, "runs n"]) -> None:
@@ -186,7 +233,8 @@ class LocalReplacement:
             written = list(self.replacement.written(layer))
             changes[:, written, position] += torch.einsum("bn,nwm->bwm", delta, atoms)
 
-    def _readers(self, active: Active) -> tuple[Tensor, Tensor]:
+    def readers(self, active: Active) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
+        """Return the latents' encoder directions on the MLP input, and their constants."""
         vectors = self.errors.new_zeros(len(active), self.anatomy.d_model)
         constants = self.errors.new_zeros(len(active))
         for layer in active.layers.unique().tolist():
@@ -211,7 +259,7 @@ class LocalReplacement:
         return Active(*(torch.cat(column) for column in zip(*(_columns(part) for part in parts), strict=True)))
 
     def _error_and_fixed(self, layer: int) -> tuple[Tensor, Tensor]:
-        written = self.trace.layers[layer].mlp_out[0]
+        written = self.mlp_out(layer)
         error, fixed = written.clone(), torch.zeros_like(written)
         if layer in self.codes:
             error -= self.replacement.decode(layer, self.codes, self._mlp_in(layer))

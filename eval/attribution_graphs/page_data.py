@@ -1,10 +1,11 @@
 """Data of an attribution graph's page: ``graph-page.json``, next to the graph in circuit-tracer's format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .attention import ExplainedScore, GraphAttention
 from .export import GraphLabels
-from .graph import KINDS, AttributionGraph
+from .graph import KINDS, AttributionGraph, GraphNode
 from .labels import Note
 from .pruning import Pruned, normalised_influence
 
@@ -15,11 +16,16 @@ SHADES = 100
 
 
 def page_data(
-    graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, measures: Mapping[str, Any] | None = None
+    graph: AttributionGraph,
+    pruned: Pruned,
+    labels: GraphLabels,
+    measures: Mapping[str, Any] | None = None,
+    attention: GraphAttention | None = None,
 ) -> dict[str, Any]:
     """Return key figures, nodes and edges; edges refer to nodes by list index and are sorted, strongest first.
 
-    ``measures`` are further figures of the graph by name, as ``attribution_graph`` returns them.
+    ``measures`` are further figures of the graph by name, as ``attribution_graph`` returns them. With ``attention``,
+    ``edge_heads`` has the direct part and the heads of every edge, and ``attention_scores`` the decomposed scores.
     """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     places = {number: place for place, number in enumerate(kept)}
@@ -38,6 +44,7 @@ def page_data(
     whole = float(graph.weights.sum())
     nodes = [_node(graph, number, float(reached[number]) / whole) for number in kept]
     scores = graph.scores()
+    carried = None if attention is None else _carried(attention, zip(*(column.tolist() for column in columns), strict=True))
     return {
         "page_version": PAGE_VERSION,
         "model": labels.model,
@@ -58,6 +65,8 @@ def page_data(
         "probabilities": [target.probability for target in graph.targets],
         "nodes": nodes,
         "edges": edges,
+        "edge_heads": carried,
+        "attention_scores": None if attention is None else [_score(score) for score in attention.scores],
         "notes": {f"{layer}.{latent}": _note(note) for (layer, latent), note in labels.notes.items()},
     }
 
@@ -89,6 +98,30 @@ def _node(graph: AttributionGraph, number: int, share: float) -> list[Any]:
     number_of_kind = KINDS.index(node.kind)
     shown = None if value is None else _rounded(value)
     return [number_of_kind, node.layer, node.position, place, _rounded(share), shown, total, constant]
+
+
+def _carried(attention: GraphAttention, edges: Iterable[tuple[int, int]]) -> list[Any]:
+    """Return the direct part of every edge, and its heads as layer, head, position attended to and weight."""
+    found = [attention.edges[edge] for edge in edges]
+    return [
+        [_rounded(edge.direct), [[part.layer, part.head, part.key, _rounded(part.weight)] for part in edge.heads]]
+        for edge in found
+    ]
+
+
+def _score(score: ExplainedScore) -> dict[str, Any]:
+    def described(node: GraphNode | None) -> list[Any] | None:
+        return None if node is None else [KINDS.index(node.kind), node.layer, node.position, node.index]
+
+    return {
+        "place": list(score.place),
+        "influence": _rounded(score.influence),
+        "weight": _rounded(score.weight),
+        "score": _rounded(score.score),
+        "cap": score.cap,
+        "terms": [[described(query), described(key), _rounded(value)] for query, key, value in score.terms],
+        "rest": _rounded(score.rest),
+    }
 
 
 def _note(note: Note) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...sae.sparse_code import SparseCode
+from ...training.activations.architecture import Norm
 from ...training.activations.splice import Intervention, model_spliced
 from .graph import AttributionGraph
 from .local_replacement_model import LocalReplacement
@@ -37,6 +38,8 @@ class Measured:
         self._pre: dict[int, Tensor] = {}
         self._mid: dict[int, Tensor] = {}
         self._mlp_in: dict[int, Tensor] = {}
+        # Inputs of the norms after attention and MLP, by module path.
+        self._before: dict[str, Tensor] = {}
         self._last: list[Tensor] = []
 
     @torch.no_grad()
@@ -55,9 +58,12 @@ class Measured:
         # These hooks first: dictionaries must read the output of a frozen norm.
         with local.anatomy.model.hooked(self._readers()), splice:
             logits = local.anatomy.model.logits(local.token_ids.expand(runs, -1))[:, -1]
-        if self.hold_norms:
+        if self.hold_norms or local.anatomy.logit_cap is not None:
+            # Logits before the soft cap, as the graph has them.
             [last] = self._last
-            logits = local.anatomy.final_norm.apply(last[:, -1], local.trace.last_scale[:, -1]) @ local.anatomy.W_U.T
+            last, norm = last[:, -1], local.anatomy.final_norm
+            scale = local.trace.last_scale[:, -1] if self.hold_norms else norm.scale(last)
+            logits = norm.apply(last, scale) @ local.anatomy.W_U.T
         return self.graph.changes(self._pre_acts(logits), self._targets(logits))
 
     def _targets(self, logits: Float[Tensor, "runs vocabulary"]) -> Float[Tensor, "runs targets"]:
@@ -97,8 +103,33 @@ class Measured:
                 readers[sites["attn_heads"][0]] = self._mix(layer)
             if self.hold_mlps and layer not in self.local.replacement.layers:
                 readers[sites["mlp"][1]] = self._held(layer)
+            if self.hold_norms:
+                readers |= self._post_norms(layer)
         readers[anatomy.blocks[-1].sites()["resid_post"][0]] = self._keep_last
         return readers
+
+    def _post_norms(self, layer: int) -> dict[str, ValueReader]:
+        """Return readers that hold the denominators of the norms after attention and MLP."""
+        paths = self.local.anatomy.post_norm_paths(layer)
+        if paths is None:
+            return {}
+        weights, at = self.local.anatomy.layers[layer], self.local.trace.layers[layer]
+        readers: dict[str, ValueReader] = {}
+        for path, norm, scale in (
+            (paths[0], weights.attention_post_norm, at.attention_post_scale),
+            (paths[1], weights.mlp_post_norm, at.mlp_post_scale),
+        ):
+            assert norm is not None
+            assert scale is not None
+            readers[f"{path}:in"] = self._keep_before(path)
+            readers[f"{path}:out"] = self._held_norm(path, norm, scale)
+        return readers
+
+    def _keep_before(self, path: str) -> ValueReader:
+        return lambda x: self._before.__setitem__(path, x.clone())
+
+    def _held_norm(self, path: str, norm: Norm, scale: Tensor) -> ValueReader:
+        return lambda _: norm.apply(self._before[path], scale)
 
     def _keep(self, into: dict[int, Tensor], layer: int) -> ValueReader:
         # Cloned: later modules may modify it in place.

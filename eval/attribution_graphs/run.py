@@ -18,6 +18,8 @@ from .. import checkpoint as loading
 from ..features.predicates import token_texts
 from ..pages.render import render_file
 from ..result import Report
+from .attention import graph_attention
+from .edges import MAX_NUMBERS
 from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
 from .interventions import EFFECTS, PLACES, compare_replacement, intervene, most_influential
@@ -25,7 +27,7 @@ from .labels import Latent, Note, latents_of, read_heldout, read_records, with_p
 from .local_replacement_model import LocalReplacement
 from .page_data import DATA_FILE, node_rows, page_data
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
-from .replacement_model import Replacement, layers_of, require_model
+from .replacement_model import Replacement, mlp_hooks, require_model
 
 DEFAULT_TOKENS = 60_000
 INTERVENTIONS = 30
@@ -62,6 +64,8 @@ def attribution_graph(
     context_tokens: int = DEFAULT_TOKENS,
     options: CheckpointOptions = NO_OPTIONS,
     model: LanguageModel | None = None,
+    attention: bool = False,
+    max_numbers: int = MAX_NUMBERS,
 ) -> Report:
     """Compute a prompt's attribution graph; write ``graph.json`` and ``graph.html``, and return its scores and sizes.
 
@@ -77,15 +81,18 @@ def attribution_graph(
         answer: Target token, as text of one token; by default the likeliest next tokens.
         foil: The target is the logit of ``answer`` minus that of this token.
         exclude_leading: Number of leading positions at which MLP outputs are constants.
-        max_latents: Keep only this many latents, by influence.
+        max_latents: Keep only this many latents, by influence; by default all, or as many as ``max_numbers`` allows.
         node_threshold: Share of the influence that the kept nodes carry.
         edge_threshold: Share of the influence that the kept edges carry.
         context_tokens: Held-out tokens to search for contexts of latents without a ``features.jsonl``; 0 skips this.
         options: Facts that the checkpoint's files leave open.
         model: The model the transcoders belong to, if it is in memory; by default it is loaded by its id.
+        attention: Add the heads and positions that carry each kept edge, and decompose the scores of the most influential ones.
+        max_numbers: Entries of the largest tensor that the graph makes, which bounds the prompt's length times latents.
 
     Raises:
-        ValueError: If the checkpoint, its model, the prompt or a token is invalid, or they do not fit each other.
+        ValueError: If the checkpoint, its model, the prompt or a token is invalid, they do not fit each other, or the graph
+            exceeds ``max_numbers``.
     """
     opened = open_graph_target(checkpoint, options, model)
     tokenizer = opened.model.tokenizer
@@ -93,16 +100,17 @@ def attribution_graph(
     token_ids = prompt_ids(opened, prompt)
     local = LocalReplacement(opened.replacement, token_ids, exclude_leading)
     chosen = [None if text is None else one_token(opened, name, text) for name, text in (("answer", answer), ("foil", foil))]
-    graph = graph_of(local, *chosen, max_latents=max_latents)
+    graph = graph_of(local, *chosen, max_latents=max_latents, max_numbers=max_numbers)
     pruned = graph.prune(node_threshold, edge_threshold)
+    seen = graph_attention(local, graph, pruned, max_numbers=max_numbers) if attention else None
     notes = _notes(opened, graph, pruned, words, context_tokens)
     targets = [words[t.token] + ("" if t.foil is None else f" \u2212 {words[t.foil]}") for t in graph.targets]
     tokens = [words[token] for token in token_ids.tolist()]
     labels = GraphLabels(opened.model.id, opened.source.name, prompt, tokens, targets, notes)
     target = Path(out) if out is not None else opened.source.results / "graph"
-    facts = _facts(local, graph, pruned)
-    path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
-    data = page_data(graph, pruned, labels, facts)
+    facts = _facts(local, graph, pruned, max_numbers)
+    path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold, seen), notes)
+    data = page_data(graph, pruned, labels, facts, seen)
     page = _written_page(path, data)
     return Report(facts | {"json_path": str(path), "page_path": str(page)}, node_rows(data))
 
@@ -136,19 +144,20 @@ def open_graph_target(
     provenances = [member.provenance for member in found.members]
     loaded = [member.dictionary for member in found.members]
     model = load_model(ModelSection.model_validate(provenances[0]["model"])) if model is None else model
-    anatomy = Architecture(model)
-    layers = [layers_of(anatomy, provenance) for provenance in provenances]
+    anatomy = Architecture(model, post_norms=True)
+    hooks = [mlp_hooks(anatomy, provenance) for provenance in provenances]
+    layers = [tuple(some) for some in hooks]
     for dictionary in loaded:
         dictionary.to(model.device)
     require_model(anatomy, provenances[0])
     if isinstance(loaded[0], CrossLayerTranscoder):
-        replacement = Replacement(anatomy, loaded[0], layers[0])
+        replacement = Replacement(anatomy, loaded[0], layers[0], hooks[0])
     elif found.stacked:
-        hooks = [hooks_of_provenance(provenance)[1][0] for provenance in provenances]
-        stack = Stack(dict(zip(hooks, loaded, strict=True)), dict(zip(hooks, provenances, strict=True)))
+        written = [hooks_of_provenance(provenance)[1][0] for provenance in provenances]
+        stack = Stack(dict(zip(written, loaded, strict=True)), dict(zip(written, provenances, strict=True)))
         replacement = Replacement(anatomy, stack)
     else:
-        replacement = Replacement(anatomy, {layers[0][0]: loaded[0]})
+        replacement = Replacement(anatomy, {layers[0][0]: loaded[0]}, hooks=hooks[0])
     folders = {} if found.foreign else dict(zip(layers, (member.directory for member in found.members), strict=True))
     return GraphTarget(model, replacement, provenances[0], folders, found)
 
@@ -208,7 +217,7 @@ def _numbers(replacement: Replacement, layers: tuple[int, ...], latents: Sequenc
     return found
 
 
-def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned) -> dict[str, Any]:
+def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned, max_numbers: int) -> dict[str, Any]:
     scores = graph.scores()
     facts: dict[str, Any] = {
         "positions": len(graph.token_ids),
@@ -225,7 +234,7 @@ def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned) -> 
     }
     shown = pruned.nodes[graph.latents].nonzero()[:, 0]
     sources = most_influential(graph, INTERVENTIONS)
-    found = intervene(local, graph, sources, shown)
+    found = intervene(local, graph, sources, shown, max_numbers=max_numbers)
     for kind in EFFECTS:
         for place in PLACES[1:]:
             agreement = found.agreement(kind, place) if len(sources) * len(found.targets) > 2 else None

@@ -4,8 +4,18 @@ from .affine_baseline import LinearFloor
 from .base import MetricGroup
 from .dark_matter.metrics import ErrorCost, ErrorSplit
 from .downstream import SplicedModel
+from .prefixes import Prefixes
 from .reconstruction import Reconstructed
 from .redundancy import Redundancy
 from .text_used import TextUsed
 
-GROUPS: tuple[type[MetricGroup], ...] = (TextUsed, Reconstructed, LinearFloor, Redundancy, SplicedModel, ErrorSplit, ErrorCost)
+GROUPS: tuple[type[MetricGroup], ...] = (
+    TextUsed,
+    Reconstructed,
+    LinearFloor,
+    Redundancy,
+    Prefixes,
+    SplicedModel,
+    ErrorSplit,
+    ErrorCost,
+)

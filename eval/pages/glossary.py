@@ -100,6 +100,11 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "density_histogram_counts": "Number of latents by log10 of their firing density; dead latents are in no bin.",
         "density_histogram_log10_edges": "Bin edges of these counts.",
     },
+    "Nested dictionaries of Matryoshka": {
+        "prefix_latents": "Widths of the nested dictionaries: the first latents of the dictionary, so many of them.",
+        "prefix_fvu": "fvu of the reconstruction from the latents of each width alone; the last is fvu.",
+        "prefix_l0": "Active latents per token within each width, mean over tokens; the last is l0_mean.",
+    },
     "Intervals": {
         "interval_level": "Level of the percentile intervals whose ends are the entries in _low and _high: documents are "
         "resampled with replacement (bootstrap) and the figure is recomputed from their sums. The dictionary and everything "

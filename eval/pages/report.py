@@ -69,6 +69,8 @@ KEY_FIGURES = (
     ("linear error share", "linear_error_share", "of the squared error"),
 )
 
+# Lists that are shown as numbers; others are drawn.
+SHORT_LISTS = ("prefix_latents", "prefix_fvu", "prefix_l0")
 DEFINITIONS = {key: text for entries in EXPLANATIONS.values() for key, text in entries.items()} | NOTES
 
 
@@ -102,12 +104,15 @@ def _rows(report: Report, title: str, explanations: dict[str, str]) -> list[Entr
     return [
         EntryRow(key, _entry(report, key, none), text, str(reasons.get(key) or ""))
         for key, text in explanations.items()
-        if key in report and _is_scalar(report[key])
+        if key in report and (_is_scalar(report[key]) or key in SHORT_LISTS)
     ]
 
 
 def _entry(report: Report, key: str, none: str) -> str:
-    return encoder_label(report[key]) if key == "encoder" else show(report[key], none, digits=6)
+    value = report[key]
+    if isinstance(value, list):
+        return ", ".join(show(each, none) for each in value)
+    return encoder_label(value) if key == "encoder" else show(value, none, digits=6)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -12,7 +12,7 @@ from ..dense_encoding import jumped
 from ..encoder import Weights, crowded, dense_inputs, require_argument, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
-from ..sparse_ops import per_entry, row_norms
+from ..sparse_ops import per_entry
 from ..threshold_window import count_above, window
 from ..tiled_scores import Scorer, Tile, above, largest_of_batch, largest_values, smallest_of
 
@@ -176,7 +176,7 @@ class JumpReLU(Penalised):
             assert self.target_l0 is not None
             return self.weight_now() * (l0 / self.target_l0 - 1).pow(2)
         if self.penalty == "tanh":
-            norms = row_norms(weights.W_dec)
+            norms = weights.norms()
             values = code.matrix * norms if isinstance(code, DenseCode) else code.values * per_entry(norms, code.latents)
             measure = weights.shards.reduced((self.steepness * values).tanh().sum() / code.n_tokens)
         else:

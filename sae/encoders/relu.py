@@ -11,7 +11,7 @@ from ..dense_encoding import positive
 from ..encoder import Weights, crowded, dense_inputs, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
-from ..sparse_ops import per_entry, row_norms
+from ..sparse_ops import per_entry
 from ..tiled_scores import Scorer, above
 
 # Value, in normalized units, below which the concave penalties are nearly linear.
@@ -60,7 +60,7 @@ class ReLU(Penalised):
         tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
         if self.training and crowded(x, weights, x.new_zeros(()))[0]:
             found = positive(dense_inputs(x, weights))
-            norms = row_norms(weights.W_dec)
+            norms = weights.norms()
             # The sum of L1 needs no gradient as large as the code.
             linear = self.penalty_form == "l1"
             measure = found.mass @ norms if linear else charge(found.code.matrix * norms, self.penalty_form).sum()
@@ -69,7 +69,7 @@ class ReLU(Penalised):
         code = with_gradient(code, x, weights)
         if not self.training or tokens == 0:
             return code
-        values = code.values * per_entry(row_norms(weights.W_dec), code.latents)
+        values = code.values * per_entry(weights.norms(), code.latents)
         l0 = torch.tensor(len(code.values) / tokens, device=x.device)
         return code.requesting(self._requests(charge(values, self.penalty_form).sum(), l0, x, weights))
 

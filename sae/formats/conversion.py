@@ -189,8 +189,14 @@ def from_dictionary(
     """
     if isinstance(dictionary, OneSiteDictionary):
         return _one_site(dictionary, provenance or {})
-    if dictionary.arguments()["kind"] == "cross_layer_transcoder":
+    kind = dictionary.arguments()["kind"]
+    if kind == "cross_layer_transcoder":
         return _layers(dictionary, provenance or {})
+    if kind == "crosscoder":
+        raise ValueError(
+            "dictionary: expected one of a single hook, or a cross-layer transcoder, got a crosscoder, which no format that is "
+            "written can hold. Share the checkpoint itself: sparsary.load reads it."
+        )
     raise ValueError(f"dictionary: expected one of {', '.join(KINDS)}, got {type(dictionary).__name__}.")
 
 

@@ -1,6 +1,7 @@
 """Kernels for the CPU, compiled by numba at first use and cached on disk. Arrays in, arrays changed in place.
 
-Every kernel works on rows ``first`` to ``last`` of its output and writes to no others; ``over_rows`` distributes them.
+Every kernel works on rows ``first`` to ``last`` of its output and writes to no others; ``over_rows`` distributes them. Arrays
+are copied number by number: for ``a[:] = b`` numba compiles the text of an error about shapes as well, which takes seconds.
 """
 
 import numpy as np
@@ -135,7 +136,9 @@ def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, g
     """Compute row ``i`` of a matrix's gradient: its entries, plus row ``dense_of[i]`` of ``dense`` unless negative."""
     d = weights.shape[1]
     if dense_of[i] >= 0:
-        gradient[:] = dense[dense_of[i]]
+        row = dense[dense_of[i]]
+        for c in range(d):
+            gradient[c] = row[c]
     else:
         gradient[:] = 0
     _add_weighted(firsts[i], firsts[i + 1], tokens, values, rows, gradient)
@@ -224,7 +227,8 @@ def _first_bound(row, best, bound, unused):
             one, three = one if one > two else two, three if three > four else four
             one, two = one if one > three else three, best[j]
             best[j] = one if one > two else two
-    bound[:] = best[:k]
+    for j in range(k):
+        bound[j] = best[j]
     level = _smallest(bound)
     for j in range(k, lanes):
         if best[j] > level:

@@ -16,6 +16,13 @@ FUSED, REORDERED = {"contract"}, {"contract", "reassoc"}
 
 
 @njit(nogil=True)
+def _copy(source, to):
+    """Copy a row. For ``to[:] = source`` numba compiles the text of an error about shapes as well, which takes seconds."""
+    for place in range(source.shape[0]):
+        to[place] = source[place]
+
+
+@njit(nogil=True)
 def _reset(best, at):
     best[:] = -np.inf
     at[:] = 0
@@ -82,7 +89,7 @@ def match_by_gram(first, last, corr, gram, x, atoms, norms, floors, tolerance, l
     for token in range(first, last):
         norm = norms[token]
         if tolerance > 0:
-            residual[:] = x[token]
+            _copy(x[token], residual)
         _look(corr[token], best, at)
         for t in range(steps):
             value, latent = _first_largest(corr[token], best, at)
@@ -152,7 +159,7 @@ def match_back_to_atoms(first, last, width, x, dx, atoms, latents, values, q, d_
 @njit(nogil=True, fastmath=FUSED)
 def _correlate(corr, latents, values, gram, left):
     """Compute ``left = corr - values @ gram[latents]``, four rows at a time."""
-    left[:] = corr
+    _copy(corr, left)
     for t in range(0, values.shape[0], 4):
         # Past the end, rows are repeated with weight 0.
         t1, t2, t3 = min(t + 1, values.shape[0] - 1), min(t + 2, values.shape[0] - 1), min(t + 3, values.shape[0] - 1)
@@ -189,7 +196,7 @@ def _descend(value, latent, t, x, atoms, latents, values, added, direction, move
     length = _dot(moved, moved)
     # A residual orthogonal to all added atoms has no descent direction; without this, 0/0 would enter the code.
     step = _dot(moved, residual) / length if length > 0 else length * 0
-    residual[:] = x
+    _copy(x, residual)
     for s in range(t + 1):
         if added[s]:
             values[s] = max(values[s] + step * direction[s], values[s] * 0)
@@ -204,8 +211,8 @@ def descend_by_gram(first, last, corr, gram, x, atoms, steps, added, latents, va
     best, at, left = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32), np.empty_like(corr[0])
     direction, moved, residual = np.empty_like(values[0]), np.empty_like(x[0]), np.empty_like(x[0])
     for token in range(first, last):
-        residual[:] = x[token]
-        left[:] = corr[token]
+        _copy(x[token], residual)
+        _copy(corr[token], left)
         _look(left, best, at)
         for t in range(steps[token]):
             value, latent = _first_largest(left, best, at)

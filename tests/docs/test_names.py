@@ -89,7 +89,10 @@ def test_a_dead_link_is_found(tmp_path):
 
 
 def test_what_docstrings_and_recipes_name_is_there():
-    found = {str(path.relative_to(ROOT)): gone(words(path)) for path in [*CODE, *(ROOT / "recipes").rglob("*.yaml")]}
+    paths = [*CODE, *(ROOT / "recipes").rglob("*.yaml")]
+    # Parsing is slow, and most files name nothing that is missing, not even in their code.
+    paths = [path for path in paths if gone(path.read_text(encoding="utf-8"))]
+    found = {str(path.relative_to(ROOT)): gone(words(path)) for path in paths}
     found = {name: missing for name, missing in found.items() if missing}
     assert not found, "\n".join(["docstrings and comments name what is not there:", *map(str, found.items())])
 

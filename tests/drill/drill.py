@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,11 +37,11 @@ def table(counts: dict[tuple[str, str, int], Counter[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def drill(faults: int, seed: int, only: str = "", two: bool = True, seconds: float | None = None) -> int:
+def drill(faults: int, seed: int, only: Sequence[str] = (), two: bool = True, seconds: float | None = None) -> int:
     """Inject faults, print what went wrong and the counts, and return the exit status.
 
     Args:
-        only: Part of ``KIND STAGE PROCESSES`` that chosen faults must have.
+        only: Parts of ``KIND STAGE PROCESSES`` of which chosen faults must have one.
         two: Include faults of runs in two processes.
         seconds: Stop after this time.
     """
@@ -48,9 +49,8 @@ def drill(faults: int, seed: int, only: str = "", two: bool = True, seconds: flo
     with tempfile.TemporaryDirectory(prefix="sparsary-drill-") as folder:
         os.environ["SPARSARY_CACHE"] = str(Path(folder) / "cache")
         workshop = Workshop(Path(folder))
-        workshop.prepare(two)
-        generator = random.Random(seed)
-        chosen = choose(faults, generator, only, workshop.mounts, two)
+        chosen = choose(faults, random.Random(seed), only, workshop.mounts, two)
+        workshop.prepare({each.processes for each in chosen}, {each.stage for each in chosen})
         print(f"prepared in {time.monotonic() - begun:.0f} s; {len(chosen)} faults, seed {seed}", flush=True)
         for number, fault in enumerate(chosen):
             own = Path(folder) / f"fault{number}"
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=300, help="number of faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="part of KIND STAGE PROCESSES")
+    parser.add_argument("--only", nargs="+", default=(), help="parts of KIND STAGE PROCESSES")
     parser.add_argument("--one-process", action="store_true", help="leave out runs in two processes")
     parser.add_argument("--seconds", type=float, help="stop after this time")
     given = parser.parse_args()

@@ -8,7 +8,7 @@ gives the right result, from the last save on.
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -544,9 +544,11 @@ def _other_number(workshop: Workshop, folder: Path, _generator: random.Random) -
     return settled(first, differs, lambda: first)
 
 
-def choose(count: int, generator: random.Random, only: str = "", mounts: bool = True, two: bool = True) -> list[Fault]:
+def choose(
+    count: int, generator: random.Random, only: Sequence[str] = (), mounts: bool = True, two: bool = True
+) -> list[Fault]:
     """Return ``count`` faults: all of the registry in turn, in a new random order each time."""
-    able = [each for each in FAULTS if only in f"{each.kind} {each.stage} {each.processes}"]
+    able = [each for each in FAULTS if any(part in f"{each.kind} {each.stage} {each.processes}" for part in only or [""])]
     able = [each for each in able if two or each.processes == 1]
     able = [each for each in able if mounts or each.kind not in ("full disk", "read-only folder")]
     chosen: list[Fault] = []

@@ -187,22 +187,24 @@ class Workshop:
         # Two reports and their comparison.
         self.reports = folder / "reports"
 
-    def prepare(self, two: bool = True) -> None:
-        """Make the right results."""
+    def prepare(self, sizes: set[int], stages: set[str]) -> None:
+        """Make the right results that faults of these numbers of processes and these stages need."""
         arguments = self.train(self.folder / "right1")
         self._must(self.command(arguments))
-        self._must(self.evaluate(self.folder / "right1", self.report))
         self.right[1] = self.folder / "right1"
-        for name in ("a", "b"):
-            self.copy(self.report, self.reports / name)
-        self._must(self.compare(self.reports))
-        for size in (1, 2) if two else (1,):
+        if stages & {"eval", "compare"}:
+            self._must(self.evaluate(self.folder / "right1", self.report))
+            for name in ("a", "b"):
+                self.copy(self.report, self.reports / name)
+            self._must(self.compare(self.reports))
+        # A run in two processes may go on in one.
+        for size in sorted(sizes | {1}) if "resume" in stages else ():
             half = self.folder / f"halfway{size}"
             stopped = self.ranks(self.train(half), size, Sabotage("terminate", size - 1, STOPPED_AT))
             assert set(stopped.statuses) == {143}, stopped
             assert step_of(half) == STOPPED_AT
             self.halfway[size] = half
-        if two:
+        if 2 in sizes:
             self.right[2] = self.folder / "right2"
             self._must(self.ranks(self.train(self.right[2]), 2))
 

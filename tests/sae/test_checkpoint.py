@@ -295,6 +295,7 @@ SIZES = {
     "sae": {"d_in": 6, "n_latents": 10},
     "transcoder": {"d_in": 6, "d_out": 4, "n_latents": 10},
     "cross_layer_transcoder": {"n_layers": 2, "d_in": 6, "d_out": 4, "n_latents": 10},
+    "crosscoder": {"widths": [4, 2], "n_latents": 10},
 }
 FRESH = """
 import sys

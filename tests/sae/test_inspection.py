@@ -6,11 +6,12 @@ import torch
 
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.sae.sparse_code import SparseCode
-from sparsary.transcoders import CrossLayerTranscoder, Transcoder
+from sparsary.transcoders import Crosscoder, CrossLayerTranscoder, Transcoder
 
 KINDS = {
     "sae": lambda: SAE(12, 31, ENCODERS["topk"](k=3)),
     "transcoder": lambda: Transcoder(12, 10, 31, ENCODERS["topk"](k=3), skip=True),
+    "crosscoder": lambda: Crosscoder([5, 7], 31, ENCODERS["topk"](k=3)),
     "across": lambda: CrossLayerTranscoder(3, 12, 12, 30, ENCODERS["topk"](k=2)),
 }
 

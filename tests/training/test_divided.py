@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from sparsary import CrossLayerTranscoder
 from sparsary.sae import SAE
 from sparsary.sae.encoders import ENCODERS, build_encoder
 from sparsary.training.activations.stream import ActivationBatch
@@ -61,29 +62,49 @@ def test_ranks_with_dense_and_with_sparse_codes_compute_the_same(on_mesh, monkey
     compare_with_whole(on_mesh, {"name": "relu", "target_l0": 3}, (2, 1))
 
 
-def compare_with_whole(on_mesh, spec, mesh, progress=0.5):
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "joint"),
+    [
+        ({"name": "topk", "k": 3}, False),
+        ({"name": "topk", "k": 3}, True),
+        ({"name": "relu", "target_l0": 3}, False),
+        ({"name": "jumprelu", "target_l0": 3, "start": 1.5}, False),
+        ({"name": "jumprelu", "penalty": "l0", "target_l0": 3, "start": 1.5}, True),
+    ],
+    ids=str,
+)
+def test_ranks_divide_the_latents_of_every_layer(on_mesh, spec, joint, mesh):
+    def build():
+        return CrossLayerTranscoder(3, 3 * D, 3 * D, 3 * 16, build_encoder(spec), joint)
+
+    compare_with_whole(on_mesh, spec, mesh, build=build)
+
+
+def compare_with_whole(on_mesh, spec, mesh, progress=0.5, build=None):
     torch.manual_seed(5)
-    n = 32
-    start = SAE(D, n, build_encoder(spec)).state_dict()
-    batches = [(torch.randn(TOKENS, D), torch.randn(TOKENS, D)) for _ in range(3)]
+    build = build or (lambda: SAE(D, 32, build_encoder(spec)))
+    dictionary = build()
+    start, n, d, layers = dictionary.state_dict(), dictionary.n_latents, dictionary.d_in, len(dictionary.blocks)
+    batches = [(torch.randn(TOKENS, d), torch.randn(TOKENS, d)) for _ in range(3)]
     dead = torch.rand(n) < 0.4
 
     def run(ranks, shards):
-        whole = SAE(D, n, build_encoder(spec))
+        whole = build()
         whole.load_state_dict(start)
         sae = own_part(whole, shards)
         sae.ranks, sae.encoder.n_shards = ranks, shards.size
         sae.train()
         sae.encoder.progress = progress
         objective = Objective(sae, 7.0, AuxSettings(0.3, 5))
-        usage = LatentUsage(shards.part(dead), torch.zeros(sae.n_latents).double())
+        usage = LatentUsage(shards.part(dead, layers), torch.zeros(sae.n_latents).double())
         for x, grad in batches:
             sae.zero_grad()
             loss, terms = objective(ActivationBatch(part(x, ranks), grad=part(grad, ranks)), usage)
             loss.backward()
         grads = {name: ranks.sum(p.grad) for name, p in sae.named_parameters()}
-        tensors = whole_tensors(grads | dict(sae.encoder.named_buffers(prefix="encoder")), sae.n_latents, shards)
-        firings = torch.cat(shards.gather(terms.firings))
+        tensors = whole_tensors(grads | dict(sae.encoder.named_buffers(prefix="encoder")), sae.n_latents, shards, layers)
+        firings = shards.joined(terms.firings, layers)
         return terms.named, firings, {name: tensor.clone() for name, tensor in tensors.items()}
 
     ((named, firings, tensors),) = on_mesh(1, 1, run)

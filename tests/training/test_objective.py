@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.training.activations.context_stream import ContextStream
 from sparsary.training.activations.contexts import Origin
-from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
+from sparsary.training.activations.live import Buffers, LiveStream
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.activations.stream import ActivationBatch

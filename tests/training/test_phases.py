@@ -351,7 +351,7 @@ def test_no_thread_reads_on_when_the_thresholds_are_calibrated(values, rows, mon
     threads = []
 
     def finish(dictionary, stream, *settings):
-        threads.append(stream._thread)
+        threads.append(stream._coming)
         return run_module_finish(dictionary, stream, *settings)
 
     run_module_finish = run_module.finish

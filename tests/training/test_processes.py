@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import sparsary
+from sparsary.training import processes
 from sparsary.training.checkpoints import require_same_run
 from sparsary.training.recipe import check_recipe
 
@@ -103,6 +105,21 @@ def test_a_run_continues_on_another_mesh(activations, tmp_path):
     assert_same_run(one, sparsary.train(whole, [activations], out_dir=str(three)))
 
 
+def test_a_start_is_taken_over_by_several_processes_as_by_one(activations, alone, encoder_specs, tmp_path):
+    """With more latents, whose directions and biases come from a sample that every process draws, and another encoder."""
+    old = next(encoder_specs.spec_id(spec) for spec in encoder_specs.STARTED if spec["name"] == "topk")
+    section = {"start": str(alone(old)), "n_latents": 40, "encoder": {"name": "batch_topk"}, "hook": "a:out"}
+    runs = [recipe(None, latents) | {"dictionary": section} for latents in (1, 2)]
+    one = sparsary.train(runs[0], [activations], out_dir=str(tmp_path / "one"))
+    record = sparsary.load(one).provenance["start"]
+    for directory in on_ranks(2, tmp_path, runs):
+        assert_same_run(one, directory)
+        found = sparsary.load(directory).provenance["start"]
+        for when in ("as_read", "before", "after"):
+            assert found[when] == pytest.approx(record[when], rel=1e-3)
+        assert found["content"] == record["content"]
+
+
 def test_what_another_rank_is_about_to_write_is_no_other_run(tmp_path):
     """Ranks look at the folder while the first one locks it and writes the recipe; a kill leaves such files behind."""
     new = check_recipe(recipe({"name": "topk", "k": 3}, out_dir=str(tmp_path)), "recipe")
@@ -113,3 +130,89 @@ def test_what_another_rank_is_about_to_write_is_no_other_run(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="got other files"):
         require_same_run(tmp_path, new)
+
+
+# Runs without a store, all in one group of two processes.
+LIVE_RUNS = """
+import sparsary
+from sparsary.training import processes
+for directory, recipe in runs:
+    sparsary.train(recipe, out_dir=directory)
+processes.leave()
+"""
+HOOK = "transformer.h.1:out"
+LAYERS = {"kind": "cross_layer_transcoder", "hook": None, "layers": "all", "site": "mlp", "n_latents": 16}
+LIVE = {
+    "live": {},
+    "live, latents": {"distributed": {"latents": 2}},
+    "live, gradients in micro-batches": {
+        "dictionary": {"encoder": {"name": "gradient_topk", "k": 4, "beta": 0.5}},
+        "harvest": {"gradients": True},
+        "accumulate": 2,
+    },
+    "live, layers together": {
+        "harvest": {"hooks": []},
+        "dictionary": LAYERS | {"joint": True},
+        "distributed": {"latents": 2},
+    },
+    "kl, latents": {"objective": "kl", "distributed": {"latents": 2}},
+    "kl of prefixes": {"objective": "kl", "dictionary": {"encoder": {"name": "matryoshka", "k": 4}}},
+    "kl from the middle": {"phases": [{"start": 0.5, "objective": "kl", "reconstruction_weight": 0.5}]},
+}
+
+
+def live_recipe(changes):
+    values = {
+        "text": {"context_length": 32},
+        "harvest": {"hooks": [HOOK], "store": None, "live_buffer_tokens": 500, "batch_contexts": 5},
+        "dictionary": {"hook": HOOK, "n_latents": 64, "encoder": {"name": "topk", "k": 4}},
+        "tokens": 92 * 8,
+        "batch_tokens": 92,
+        "lr": 1e-3,
+        "lr_warmup_steps": 0,
+        "calibration_tokens": 600,
+        "log_every": 2,
+        "save_every": 3,
+    }
+    return values | {key: values[key] | value if key in ("harvest", "dictionary") else value for key, value in changes.items()}
+
+
+@pytest.fixture(scope="module")
+def live_runs(load_beside, tmp_path_factory):
+    """Directories of a run in one process and in two, by case; the last one is continued by two that one began."""
+    folder, apart = tmp_path_factory.mktemp("live"), {}
+    for number, (name, changes) in enumerate(LIVE.items()):
+        apart[name] = str(folder / f"one{number}"), str(folder / f"two{number}")
+        sparsary.train(live_recipe(changes) | {"distributed": {"latents": 1}}, out_dir=apart[name][0])
+    # The shorter run begins with the sample of the longer one.
+    begun = live_recipe({"lr_decay": 0.0, "tokens": 92 * 4, "calibration_tokens": 300})
+    apart["continued"] = str(folder / "whole"), str(folder / "begun")
+    sparsary.train(begun | {"tokens": 92 * 8}, out_dir=apart["continued"][0])
+    sparsary.train(begun, out_dir=apart["continued"][1])
+    recipes = [live_recipe(changes) for changes in LIVE.values()] + [begun | {"tokens": 92 * 8}]
+    runs = [(two, values) for (_, two), values in zip(apart.values(), recipes, strict=True)]
+    assert load_beside("rank_processes").run_ranks(2, LIVE_RUNS, {"runs": runs}) == [0, 0]
+    return apart
+
+
+@pytest.mark.parametrize("name", [*LIVE, "continued"])
+def test_two_processes_that_share_the_language_model_train_as_one(live_runs, name):
+    assert_same_run(*map(Path, live_runs[name]))
+
+
+def test_a_process_that_ends_leaves_its_group(monkeypatch):
+    """Threads of a group that is open when Python ends may abort the process."""
+    registered = []
+    monkeypatch.setattr(processes.atexit, "register", registered.append)
+    monkeypatch.setattr(processes, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    processes.leave()
+    try:
+        processes.own_ranks()
+        assert dist.is_initialized()
+        for function in registered:
+            function()
+        assert not dist.is_initialized()
+    finally:
+        processes.leave()

@@ -136,7 +136,7 @@ def test_a_site_of_an_sae_is_its_hook(values):
 
 def test_end_to_end_a_transcoder_stands_in_for_the_mlp(values, monkeypatch):
     places = []
-    monkeypatch.setattr(members, "Divergence", lambda model, hook: places.append(hook) or Divergence(model, hook))
+    monkeypatch.setattr(members, "Divergence", lambda model, hook, *shards: places.append(hook) or Divergence(model, hook))
     values["harvest"] |= {"hooks": [], "store": None, "tokens": None, "live_buffer_tokens": 900}
     lines = metrics(run(values, objective="kl", reconstruction_weight=1.0, tokens=2020))
     assert lines[-1]["kl"] < lines[0]["kl"]

@@ -73,17 +73,18 @@ def recipe_of(tmp_path, start, kind="sae", hooks=None, **changes):
     values = {"dictionary": section, "tokens": 2000, "batch_tokens": 100, "out_dir": str(tmp_path / "run")}
     # For gradient TopK.
     values["harvest"] = {"gradients": True}
-    return resolve_recipe(check_recipe(values, "recipe")).recipe
+    return resolve_recipe(check_recipe(values, "recipe"))
 
 
 def begun(tmp_path, start, kind="sae", x=X, y=Y, hooks=None, **changes):
     """Return the dictionary that a run begins with, as trained in memory on ``x`` (and ``y``), and its record."""
-    recipe = recipe_of(tmp_path, start, kind, hooks, **changes)
+    found = recipe_of(tmp_path, start, kind, hooks, **changes)
+    recipe = found.recipe
     stream = TensorStream(x if kind == "sae" else [(x, y)], 100, kind != "sae", recipe.harvest)
     sample, section = stream.start_sample(TOKENS), recipe.dictionary
     widths = {hook: x.shape[1] // len(section.hooks_in) for hook in section.hooks_in}
     widths |= {hook: (x if kind == "sae" else y).shape[1] // len(section.hooks_out) for hook in section.hooks_out}
-    return warm_start(recipe, widths, stream, sample, (stream.moments(), stream.target_moments()))
+    return warm_start(found.source, recipe, widths, stream, sample, (stream.moments(), stream.target_moments()))
 
 
 def assert_same_function(ours, theirs, x):

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ...sae.ranks import Ranks
 from ..bad_rows import BadTexts, BadTokens
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, TOKENIZE_AT_ONCE, Context, Cursor, Documents, contexts, packed
 from .hooked_model import embedding_rows
 from .model import LanguageModel
+from .routes import Routes
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,15 @@ class Origin:
     """Contexts that a batch's rows were read from, on the model's device: the rows are the ``kept`` positions in order.
 
     ``counted`` masks kept positions whose next token belongs to the same document (without the last position), i.e. where the
-    LM loss is defined.
+    LM loss is defined. If ranks divide the contexts, ``routes`` takes the rows of this rank's part of the batch to the ranks
+    that have their contexts, and ``counted_of_all`` is the number of predictions of the whole batch.
     """
 
     token_ids: Int[Tensor, "contexts positions"]
     kept: Bool[Tensor, "contexts positions"]
     counted: Bool[Tensor, "contexts predictions"]
+    routes: Routes | None = None
+    counted_of_all: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,26 @@ class ContextBatch:
         """Ids of the documents of the kept tokens."""
         return set(self.document_ids[self.kept].tolist())
 
+    @property
+    def counted(self) -> Bool[np.ndarray, "contexts predictions"]:
+        """Mask of the kept positions whose next token belongs to the same document."""
+        return self.kept[:, :-1] & (self.document_ids[:, 1:] == self.document_ids[:, :-1])
+
+    def some(self, contexts: slice | Bool[np.ndarray, " contexts"]) -> "ContextBatch":
+        """Return some of the contexts. If there are none, return the first context with no token kept: models need one."""
+        token_ids, document_ids, positions, kept = (
+            each[contexts] for each in (self.token_ids, self.document_ids, self.positions, self.kept)
+        )
+        if not len(token_ids):
+            return replace(self.some(slice(1)), kept=np.zeros_like(self.kept[:1]))
+        return ContextBatch(token_ids, document_ids, positions, kept, self.cursor)
+
     def on(self, device: torch.device) -> Origin:
         """Return the token ids and masks on a device."""
-        counted = self.kept[:, :-1] & (self.document_ids[:, 1:] == self.document_ids[:, :-1])
         return Origin(
             torch.from_numpy(self.token_ids).long().to(device),
             torch.from_numpy(self.kept).to(device),
-            torch.from_numpy(counted).to(device),
+            torch.from_numpy(self.counted).to(device),
         )
 
     def kept_activations(self, model: LanguageModel, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens width"]]:
@@ -106,6 +124,18 @@ def context_batches(
     """
     read = contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading)
     return batched(read, model, section, size)
+
+
+def own_contexts(batches: Sequence[ContextBatch], ranks: Ranks, size: int) -> list[ContextBatch]:
+    """Return this rank's part of the contexts of some batches, in batches of ``size``: one of equal, consecutive parts."""
+    if ranks.size == 1:
+        return list(batches)
+    names = ("token_ids", "document_ids", "positions", "kept")
+    token_ids, document_ids, positions, kept = (np.concatenate([getattr(b, name) for b in batches]) for name in names)
+    whole = ContextBatch(token_ids, document_ids, positions, kept, batches[-1].cursor)
+    first, last = (len(whole.token_ids) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    # A rank without contexts returns one, of which no token is kept.
+    return [whole.some(slice(i, min(i + size, last))) for i in range(first, max(last, first + 1), size)]
 
 
 def batched(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...sae.ranks import Ranks
 from ..bad_rows import BadTokens
 from ..recipe import HarvestSection
 from ..text import are_heldout
@@ -16,6 +17,8 @@ from .model import LanguageModel
 SPLITS = ("train", "heldout")
 # Largest value that each format holds; int8 has 127 steps of a float16 scale.
 LARGEST = {"float16": 65504.0, "int8": 127 * 65000.0}
+# Rows, bad ones, what is wrong with the first of these, and a remedy.
+BadCount = tuple[int, int, str, str]
 
 
 @dataclass
@@ -87,10 +90,16 @@ def usable_rows(rows: HarvestedRows, bad: BadTokens, where: str) -> HarvestedRow
     Raises:
         ValueError: If there are more of them than the recipe allows.
     """
+    usable, found = without_bad(rows, bad, where)
+    bad.count(*found)
+    return usable
+
+
+def without_bad(rows: HarvestedRows, bad: BadTokens, where: str) -> tuple[HarvestedRows, BadCount]:
+    """Return the rows that are usable, and what ``bad.count`` takes."""
     good = bad.usable(rows.tensors.values())
     if good is None:
-        bad.count(len(rows))
-        return rows
+        return rows, (len(rows), 0, "", "")
     row = int((~good).nonzero()[0])
     name = next(name for name, x in rows.tensors.items() if not bool((x[row].abs() <= bad.largest).all()))
     place = {key: int(values[row]) for key, values in rows.labels.items()}
@@ -99,8 +108,15 @@ def usable_rows(rows: HarvestedRows, bad: BadTokens, where: str) -> HarvestedRow
     else:
         problem, remedy = "not finite", "The model overflows there: set model.dtype: float32"
     remedy += ", or leave such tokens out with harvest.exclude_leading."
-    bad.count(len(rows), int((~good).sum()), f"{where}: {name}: {problem} ({place})", remedy)
-    return rows.select(good)
+    return rows.select(good), (len(rows), int((~good).sum()), f"{where}: {name}: {problem} ({place})", remedy)
+
+
+def counts_of_all(ranks: Ranks, found: BadCount) -> tuple[list[int], BadCount]:
+    """Return the numbers of usable rows of all ranks, and what ``BadTokens.count`` takes of all their rows together."""
+    everywhere = ranks.gather_objects(found)
+    _, _, where, remedy = next((each for each in everywhere if each[1]), found)
+    rows, bad = sum(each[0] for each in everywhere), sum(each[1] for each in everywhere)
+    return [each[0] - each[1] for each in everywhere], (rows, bad, where, remedy)
 
 
 def _pick(tensor: Tensor, rows: Tensor, memory: np.ndarray | None) -> Tensor:

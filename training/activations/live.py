@@ -1,4 +1,7 @@
-"""Streams of activations computed on the fly, without a store: shuffled within buffers, or whole contexts in text order."""
+"""Stream of activations computed on the fly, without a store, and shuffled within buffers.
+
+Ranks divide the contexts of every buffer among them, and send each other the rows of their parts of a batch.
+"""
 
 import threading
 from collections import Counter
@@ -11,15 +14,18 @@ import torch
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ...sae.ranks import ALONE, Ranks
 from ..bad_rows import NOT_FINITE, BadTexts, BadTokens
 from ..content import Content, TextDigest
+from ..processes import ONE_PROCESS, Mesh
 from ..recipe import HarvestSection, TextSection
-from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
-from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
-from .harvested_rows import HarvestedRows, rows_of, usable_rows
+from ..text import BEGINNING, Cursor, are_heldout
+from .contexts import ContextBatch, context_batches, own_contexts
+from .harvested_rows import BadCount, HarvestedRows, counts_of_all, rows_of, without_bad
 from .model import LanguageModel
+from .routes import routes
 from .shuffle import permute
-from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart, side_by_side
+from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart, ReadAhead, side_by_side
 
 
 class Buffers:
@@ -27,11 +33,20 @@ class Buffers:
 
     Streams that read the text in step share the work: the last ``keep`` buffers are kept for those that lag. The
     contents of a buffer depend only on where it begins. ``text_tokens`` is the number of training tokens in the text, 0 until
-    it has been read from beginning to end.
+    it has been read from beginning to end. Of several ranks, each reads the whole text and runs the model on an equal part of
+    a buffer's contexts; its buffer has the rows of these only.
     """
 
-    def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
-        self.model, self.text, self.section, self.hooks = model, text, section, hooks
+    def __init__(
+        self,
+        model: LanguageModel,
+        text: TextSection,
+        section: HarvestSection,
+        hooks: tuple[str, ...],
+        keep: int = 1,
+        ranks: Ranks = ALONE,
+    ):
+        self.model, self.text, self.section, self.hooks, self.ranks = model, text, section, hooks, ranks
         self.keep = keep
         self.digest = TextDigest(text)
         self._model_content: Content | None = None
@@ -66,7 +81,8 @@ class Buffers:
 
     def _from(self, cursor: Cursor) -> Iterator[tuple[HarvestedRows, Cursor]]:
         """Yield buffers from a cursor on, endlessly."""
-        pieces: list[HarvestedRows] = []
+        pieces: list[ContextBatch] = []
+        tokens = 0
         while True:
             found = 0
             for batch in context_batches(
@@ -78,14 +94,20 @@ class Buffers:
                 bad=self.texts,
                 reading=self.digest.add,
             ):
-                pieces.append(rows_of(self.model, batch, self.section, self.hooks)["train"])
-                found += len(pieces[-1])
-                if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    yield HarvestedRows.join(pieces), batch.cursor
-                    pieces = []
+                here = int((batch.kept & ~are_heldout(batch.document_ids, self.section.heldout)).sum())
+                pieces.append(batch)
+                tokens, found = tokens + here, found + here
+                if tokens >= self.section.live_buffer_tokens:
+                    yield HarvestedRows.join([rows["train"] for rows in self.rows_of(pieces)]), batch.cursor
+                    pieces, tokens = [], 0
             if cursor == BEGINNING:
                 self.text_tokens = require_tokens(found)
             cursor = BEGINNING
+
+    def rows_of(self, batches: list[ContextBatch]) -> Iterator[dict[str, HarvestedRows]]:
+        """Yield the rows of this rank's part of the contexts, by split."""
+        for piece in own_contexts(batches, self.ranks, self.section.batch_contexts):
+            yield rows_of(self.model, piece, self.section, self.hooks)
 
 
 def require_tokens(found: int) -> int:
@@ -93,6 +115,16 @@ def require_tokens(found: int) -> int:
     if not found:
         raise ValueError("text: expected tokens to train on, got none. Give longer text, or lower text.context_length.")
     return found
+
+
+@dataclass(frozen=True)
+class _OwnRows:
+    """Usable rows that this rank holds of one buffer, what is bad in it and before, and the cursor after it."""
+
+    rows: HarvestedRows
+    bad: BadCount
+    bad_texts: Counter[str]
+    cursor: Cursor
 
 
 @dataclass(frozen=True)
@@ -118,7 +150,11 @@ class LiveStream(ActivationStream):
     Shuffling is limited to a buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not fill a
     batch are dropped; the text restarts when it ends. Streams may share ``source``. Samples come from the beginning of the
     text and from as many buffers as they need; the moments and the sample that initialize a run use at most ``start_tokens``
-    tokens, or one buffer if that is more. Of several ranks, each runs the model on the whole text.
+    tokens, or one buffer if that is more.
+
+    The ranks of a ``mesh`` hold each the rows of their part of a buffer's contexts. They number the rows of all in order, so
+    that the buffer is shuffled as in one process, and send each other the rows of their parts of a batch: at every step a rank
+    receives those that others hold, ``batch_tokens / parts x width`` numbers at most. Samples are gathered whole on every rank.
     """
 
     def __init__(
@@ -130,8 +166,10 @@ class LiveStream(ActivationStream):
         hooks_out: tuple[str, ...] = (),
         start_tokens: int = 0,
         part: BatchPart = WHOLE,
+        mesh: Mesh = ONE_PROCESS,
     ):
         super().__init__(batch_tokens, part)
+        self.mesh, self.reads_ahead = mesh, mesh.world.size == 1
         section = source.section
         if section.live_buffer_tokens < batch_tokens:
             raise ValueError(
@@ -151,26 +189,53 @@ class LiveStream(ActivationStream):
         number, cursor = self.buffers[begin]
         tokens, known = BadTokens(self.section), Counter(self.skipped)
         tokens.bad, tokens.rows = known[NOT_FINITE], start * self.batch_tokens + known[NOT_FINITE]
+        coming = self._own_buffers(cursor)
+        # Ranks send each other rows in the order of the steps, but each computes its own in the background.
+        coming = coming if self.reads_ahead else ReadAhead(coming, 1)
+        try:
+            for own in coming:
+                # A text that restarts repeats its bad rows: only new ones count.
+                skipped, known = own.bad_texts - known, known | own.bad_texts
+                held, found = counts_of_all(self.mesh.world, own.bad)
+                tokens.count(*found)
+                skipped += Counter({NOT_FINITE: found[1]})
+                batches = sum(held) // self.batch_tokens
+                self.buffers[begin + batches] = (number + 1, own.cursor)
+                if begin + batches > start:
+                    order = permute(np.arange(sum(held)), sum(held), self.seed * 1_000_003 + number)
+                    for i in range(max(start - begin, 0), batches):
+                        batch = order[i * self.batch_tokens : (i + 1) * self.batch_tokens]
+                        part = self._part(own.rows, held, batch)
+                        grad = self._columns(part, "grad", self.hooks_out) if self.section.gradients else None
+                        # Counted with the first batch: a resume within the buffer has counted them already.
+                        yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)
+                begin, number = begin + batches, number + 1
+        finally:
+            if isinstance(coming, ReadAhead):
+                coming.close()
+
+    def _own_buffers(self, cursor: Cursor) -> Iterator["_OwnRows"]:
+        """Yield this rank's usable rows of the buffers from a cursor on, endlessly."""
         while True:
             before, (rows, cursor) = cursor, self.source.after(cursor)
-            found = self.source.texts.until(cursor.document if cursor > before else None)
-            # A text that restarts repeats its bad rows: only new ones count.
-            skipped, known = found - known, known | found
-            bad = tokens.bad
-            rows = usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), tokens, "harvest")
-            skipped += Counter({NOT_FINITE: tokens.bad - bad})
-            batches = len(rows) // self.batch_tokens
-            self.buffers[begin + batches] = (number + 1, cursor)
-            if begin + batches > start:
-                order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
-                shuffled = rows.select(order)
-                own = torch.from_numpy(self.part.places(self.batch_tokens))
-                for i in range(max(start - begin, 0), batches):
-                    part = shuffled.select(own + i * self.batch_tokens)
-                    grad = self._columns(part, "grad", self.hooks_out) if self.section.gradients else None
-                    # Counted with the first batch: a resume within the buffer has counted them already.
-                    yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)
-            begin, number = begin + batches, number + 1
+            bad_texts = self.source.texts.until(cursor.document if cursor > before else None)
+            usable, bad = without_bad(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
+            yield _OwnRows(usable, bad, bad_texts, cursor)
+
+    def _part(self, rows: HarvestedRows, held: list[int], batch: np.ndarray) -> HarvestedRows:
+        """Return this rank's part of a batch.
+
+        Args:
+            held: Number of rows of the buffer that each rank holds.
+            batch: Rows of the buffer that make up the batch.
+        """
+        world, parts = self.mesh.world, self.part.of_all(self.mesh.world.size)
+        if world.size == 1:
+            return rows.select(torch.from_numpy(batch[self.part.places(len(batch))]))
+        routed = routes(world, held, [batch[part.places(len(batch))] for part in parts])
+        device = self.source.model.device
+        # Labels stay behind: no training reads them.
+        return HarvestedRows({}, dict(zip(rows.tensors, routed.take([*rows.tensors.values()], device), strict=True)))
 
     def content(self) -> Content:
         return self.source.content_up_to(Cursor(*self.position()["cursor"]))
@@ -215,14 +280,28 @@ class LiveStream(ActivationStream):
             return None
         found: list[ActivationBatch] = []
         for batch in context_batches(source.model, source.text, section, section.batch_contexts, heldout=True):
-            rows = rows_of(source.model, batch, section, source.hooks)["heldout"].at((*self.hooks_in, *self.hooks_out))
-            found.append(self._sides(usable_rows(rows, BadTokens(section), "harvest")))
+            found.append(self._of_all(HarvestedRows.join([rows["heldout"] for rows in source.rows_of([batch])])))
             if sum(len(each.x) for each in found) >= tokens:
                 break
         if not sum(len(each.x) for each in found):
             return None
         joined = ActivationBatch.join(found)
         return joined.rows(slice(tokens))
+
+    def _of_all(self, rows: HarvestedRows) -> ActivationBatch:
+        """Return the usable ones of all ranks' rows, in order, which all ranks call together."""
+        usable, bad = without_bad(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
+        held, found = counts_of_all(self.mesh.world, bad)
+        # Training counts them again.
+        BadTokens(self.section).count(*found)
+        own = self._sides(usable)
+        if self.mesh.world.size == 1:
+            return own
+        x, target = (
+            None if side is None else torch.cat(self.mesh.world.gather_rows(side, held)) for side in (own.x, own.target)
+        )
+        assert x is not None
+        return ActivationBatch(x, target)
 
     def _sampled_at(self, row: int) -> _Sampled:
         """Return the buffer that holds a row of the text, or the last buffer if the text ends before that row."""
@@ -234,13 +313,12 @@ class LiveStream(ActivationStream):
 
     def _sampled_from(self, number: int, begin: int, cursor: Cursor) -> _Sampled:
         rows, cursor = self.source.after(cursor)
-        # Bad tokens are counted when training reads them.
-        rows = usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
+        whole = self._of_all(rows)
         # A buffer may hold the end of the text and again its beginning, which earlier buffers held.
-        new = min(len(rows), self.source.text_tokens - begin) if self.source.text_tokens else len(rows)
+        new = min(len(whole.x), self.source.text_tokens - begin) if self.source.text_tokens else len(whole.x)
         # Negative buffer numbers give orders that training never uses.
         order = torch.from_numpy(permute(np.arange(new), new, self.seed * 1_000_003 - 1 - number))
-        return _Sampled(number, begin, self._sides(rows).rows(order), cursor)
+        return _Sampled(number, begin, whole.rows(order), cursor)
 
     def moments(self) -> Moments:
         return self._both_moments()[0]
@@ -267,118 +345,3 @@ class LiveStream(ActivationStream):
 
 def _target(batch: ActivationBatch) -> Tensor:
     return batch.x if batch.target is None else batch.target
-
-
-class ContextStream(ActivationStream):
-    """Stream of whole contexts in text order, for objectives that run the model themselves (``objective: kl``).
-
-    Every batch has exactly ``batch_tokens`` kept positions; surplus positions of its last context keep the model's own
-    activations. Held-out documents and excluded positions are never kept. Samples and moments are those of ``rows``.
-    """
-
-    def __init__(self, rows: LiveStream):
-        super().__init__(rows.batch_tokens)
-        self.rows = rows
-        self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
-        self._special = special_tokens(self.model)
-        # Separate from the digest of `rows`, from which only samples are drawn.
-        self._digest = TextDigest(self.text)
-        # Batch number -> cursor in the text where it begins.
-        self.cursors: dict[int, Cursor] = {0: BEGINNING}
-        self._text_tokens = 0
-
-    def produce(self, start: int) -> Iterator[ActivationBatch]:
-        number = max(known for known in self.cursors if known <= start)
-        pieces: list[Context] = []
-        kept = 0
-        tokens, known, last = BadTokens(self.section), Counter(self.skipped), self.cursors[number]
-        bad = tokens.bad = known[NOT_FINITE]
-        tokens.rows = start * self.batch_tokens + bad
-        for context, here in self._endless(last):
-            # Contexts without training tokens need no forward pass.
-            if here:
-                pieces.append(context)
-            kept += here
-            if kept < self.batch_tokens:
-                continue
-            batch, pieces = self._batch(pieces, tokens)
-            if batch is None:
-                kept = sum(int(self._training_contexts([piece]).kept.sum()) for piece in pieces)
-                continue
-            found = self.rows.source.texts.until(context.cursor.document if context.cursor > last else None)
-            skipped = found - known + Counter({NOT_FINITE: tokens.bad - bad})
-            known, last, bad = known | found, context.cursor, tokens.bad
-            # Set before the batch is handed out, because the consumer may ask for the position.
-            self.cursors[number + 1] = context.cursor
-            if number >= start:
-                yield replace(batch, skipped=skipped)
-            number, pieces, kept = number + 1, [], 0
-
-    def _endless(self, cursor: Cursor) -> Iterator[tuple[Context, int]]:
-        """Yield every context of the text with its number of training tokens, endlessly."""
-        while True:
-            found = 0
-            bad, reading = self.rows.source.texts, self._digest.add
-            for context in contexts(self.text, self.model.tokenizer, cursor, bad=bad, reading=reading):
-                here = int(self._training_contexts([context]).kept.sum())
-                found += here
-                yield context, here
-            if cursor == BEGINNING:
-                self._text_tokens = require_tokens(found)
-            cursor = BEGINNING
-
-    @property
-    def distinct_tokens(self) -> int:
-        return self._text_tokens
-
-    def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
-        """Return the contexts as a batch in which held-out documents are not kept."""
-        batch = stack_contexts(pieces, self._special, self.section)
-        return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
-
-    def _batch(self, pieces: list[Context], tokens: BadTokens) -> tuple[ActivationBatch | None, list[Context]]:
-        """Return the batch and its contexts, or None and the contexts whose activations are all finite.
-
-        Whole contexts are dropped: predictions after a token that overflowed are not finite either.
-        """
-        batch = self._training_contexts(pieces)
-        within = np.cumsum(batch.kept).reshape(batch.kept.shape) <= self.batch_tokens
-        batch = replace(batch, kept=batch.kept & within)
-        hooks_in, hooks_out = self.rows.hooks_in, self.rows.hooks_out
-        kept_rows = batch.kept_activations(self.model, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
-        good = torch.stack([torch.isfinite(values).all(-1) for values in kept_rows.values()]).all(0).cpu().numpy()
-        if not good.all():
-            left_out = set(np.nonzero(batch.kept)[0][~good].tolist())
-            where = f"an activation is not finite (document {batch.document_ids[batch.kept][~good][0]})"
-            bad = int((~good).sum())
-            tokens.count(bad, bad, f"{', '.join(kept_rows)}: {where}", "Set model.dtype: float32.")
-            return None, [piece for number, piece in enumerate(pieces) if number not in left_out]
-        tokens.count(len(good))
-        x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
-        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=batch.on(self.model.device)), pieces
-
-    def content(self) -> Content:
-        return self.rows.source.content_up_to(self.cursors[self.batches], self._digest)
-
-    def position(self) -> dict[str, Any]:
-        return super().position() | {"cursor": list(self.cursors[self.batches])}
-
-    def seek(self, position: dict[str, Any]) -> None:
-        super().seek(position)
-        self.cursors = {position["batches"]: Cursor(*position["cursor"])}
-        self._text_tokens = position.get("distinct", self._text_tokens)
-
-    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
-        return self.rows.sample(tokens, skip)
-
-    def start_sample(self, tokens: int) -> ActivationBatch:
-        return self.rows.start_sample(tokens)
-
-    def heldout(self, tokens: int) -> ActivationBatch | None:
-        return self.rows.heldout(tokens)
-
-    def moments(self) -> Moments:
-        return self.rows.moments()
-
-    def target_moments(self) -> Moments:
-        return self.rows.target_moments()

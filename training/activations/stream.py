@@ -9,9 +9,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..content import Content
 from .contexts import Origin
 
 READ_AHEAD_BATCHES = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class BatchPart:
         """Return the rows of a batch of ``tokens`` rows."""
         return np.arange(tokens).reshape(self.pieces, self.ranks, -1)[:, self.rank].reshape(-1)
 
+    def of_all(self, world: int) -> list["BatchPart"]:
+        """Return the parts of all ranks of a run, of which consecutive ones have the same part if they divide the latents."""
+        return [replace(self, rank=rank * self.ranks // world) for rank in range(world)]
+
     def of(self, batch: ActivationBatch) -> ActivationBatch:
         """Return this rank's part of a whole batch."""
         if self.ranks == 1:
@@ -115,6 +120,40 @@ class BatchPart:
 WHOLE = BatchPart()
 
 
+class ReadAhead(Iterator[T]):
+    """Iterator that a background thread is at most ``size`` items ahead of; its errors are raised where they are read."""
+
+    def __init__(self, items: Iterator[T], size: int):
+        self._room, self._stop = threading.Semaphore(size), threading.Event()
+        self._queue: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, args=(items,), daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        item = self._queue.get()
+        self._room.release()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _read(self, items: Iterator[T]) -> None:
+        try:
+            while True:
+                self._room.acquire()
+                if self._stop.is_set():
+                    return
+                self._queue.put(next(items))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer raises it; StopIteration too
+            self._queue.put(error)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        self._room.release()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
 class ActivationStream(ABC):
     """Iterator over batches; ``position()`` is all that a resume needs. ``skipped`` counts the bad rows met so far.
 
@@ -123,18 +162,19 @@ class ActivationStream(ABC):
         part: Part of every batch that the stream yields.
     """
 
+    # False if batches are made as they are asked for, because the ranks exchange rows for them: in the order of the steps.
+    reads_ahead = True
+
     def __init__(self, batch_tokens: int, part: BatchPart = WHOLE):
         self.batch_tokens, self.part = batch_tokens, part
         self.batches = 0
         self.skipped: Counter[str] = Counter()
         self.waited_seconds = 0.0
-        self._queue: queue.Queue | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._coming: Iterator[ActivationBatch] | None = None
 
     @abstractmethod
     def produce(self, start: int) -> Iterator[ActivationBatch]:
-        """Yield this rank's part of the batches from number ``start`` on; runs in the background thread."""
+        """Yield this rank's part of the batches from number ``start`` on; runs in a background thread if it ``reads_ahead``."""
 
     @abstractmethod
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
@@ -180,47 +220,22 @@ class ActivationStream(ABC):
         return self
 
     def __next__(self) -> ActivationBatch:
-        if self._thread is None:
-            self._start()
-        assert self._queue is not None
+        if self._coming is None:
+            made = self.produce(self.batches)
+            self._coming = ReadAhead(made, READ_AHEAD_BATCHES) if self.reads_ahead else made
         started = time.perf_counter()
-        item = self._queue.get()
-        self.waited_seconds += time.perf_counter() - started
-        if isinstance(item, BaseException):
+        try:
+            item = next(self._coming)
+        except BaseException:
             self.close()
-            raise item
+            raise
+        self.waited_seconds += time.perf_counter() - started
         self.batches += 1
         self.skipped += item.skipped
         return item
 
-    def _start(self) -> None:
-        self._queue, self._stop = queue.Queue(READ_AHEAD_BATCHES), threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, args=(self._queue, self._stop), daemon=True)
-        self._thread.start()
-
-    def _read_ahead(self, out: queue.Queue, stop: threading.Event) -> None:
-        try:
-            for item in self.produce(self.batches):
-                if not _put(out, item, stop):
-                    return
-            _put(out, StopIteration(), stop)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer raises it
-            _put(out, error, stop)
-
     def close(self) -> None:
         """Stop the background thread; the next batch restarts it."""
-        self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._thread = None
-
-
-def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Put an item into the queue, waiting for room until the stream is closed."""
-    while not stop.is_set():
-        try:
-            out.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False
+        coming, self._coming = self._coming, None
+        if isinstance(coming, ReadAhead | Generator):
+            coming.close()

@@ -20,6 +20,8 @@ from .worker import BenchTask
 PEERS = {
     "topk": ("sparsify", "sparsify_adam", "saelens", "dictionary_learning", "overcomplete"),
     "mutual_choice": ("saelens", "dictionary_learning"),
+    "batch_topk": ("saelens", "dictionary_learning", "overcomplete"),
+    "matryoshka": ("saelens", "dictionary_learning"),
     "relu": ("saelens",),
     "gated": ("saelens",),
     "jumprelu": ("saelens",),

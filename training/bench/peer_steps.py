@@ -9,16 +9,16 @@ auxiliary loss on dead latents. Steps, in the versions of tests/parity/peers.txt
 - sparsify, ``topk``: ``Trainer.fit``. Decoder normalization, forward, FVU copied to the host, backward, gradients projected
   orthogonal to decoder rows, optimizer, firing counts. ``sparsify`` uses the Trainer's default optimizer, schedule-free sign
   descent; ``sparsify_adam`` uses ``optimizer="adam"``. AuxK is off by default. Neither clips gradients.
-- saelens, ``topk``, ``mutual_choice`` (its BatchTopK), ``relu`` (its standard SAE), ``gated``, ``jumprelu``, and
-  ``matching_pursuit``: ``SAETrainer.fit``. Dense codes (its default), forward, firing statistics, backward, norm clipped at 1,
-  Adam. Matching pursuit runs at most k iterations without a residual threshold (``residual_threshold=0``); as by default, it
-  may stop when a latent repeats.
-- dictionary_learning, ``topk`` and ``mutual_choice`` (its BatchTopK): the trainer's ``update``. Dense codes, forward,
-  backward, gradients projected orthogonal to decoder columns, norm clipped at 1, Adam, unit-norm decoder, loss copied to the
-  host. ``gradient_pursuit``: ``grad_pursuit`` of a batch with a random unit-norm dictionary (inference).
-- overcomplete, ``topk``: ``train_sae`` with Adam and its ``top_k_auxiliary_loss``, which decodes half of all latents in
-  every step; logging is off (``monitoring=0``). Dense codes, norm clipped at 1. ``matching_pursuit``: ``MpSAE`` with the
-  mean squared error, in the same loop.
+- saelens, ``topk``, ``batch_topk`` (also beside ``mutual_choice``), ``matryoshka``, ``relu`` (its standard SAE), ``gated``,
+  ``jumprelu``, and ``matching_pursuit``: ``SAETrainer.fit``. Dense codes (its default), forward, firing statistics, backward,
+  norm clipped at 1, Adam. Matching pursuit runs at most k iterations without a residual threshold (``residual_threshold=0``);
+  as by default, it may stop when a latent repeats.
+- dictionary_learning, ``topk``, ``batch_topk`` (also beside ``mutual_choice``) and ``matryoshka``: the trainer's ``update``.
+  Dense codes, forward, backward, gradients projected orthogonal to decoder columns, norm clipped at 1, Adam, unit-norm decoder,
+  loss copied to the host. ``gradient_pursuit``: ``grad_pursuit`` of a batch with a random unit-norm dictionary (inference).
+- overcomplete, ``topk`` and ``batch_topk``: ``train_sae`` with Adam and its ``top_k_auxiliary_loss``, which decodes half of all
+  latents in every step; logging is off (``monitoring=0``). Dense codes, norm clipped at 1. ``matching_pursuit``: ``MpSAE`` with
+  the mean squared error, in the same loop.
 """
 
 # The libraries are installed in the peers' environment only.
@@ -41,6 +41,8 @@ from torch import Tensor, nn
 
 # Long enough that no learning-rate schedule ends during the measurement.
 STEPS = 1_000_000
+# The nested dictionaries of Matryoshka are these parts of the whole.
+PREFIXES = (16, 8, 4, 2, 1)
 
 
 def _beside(name: str) -> Any:
@@ -130,6 +132,11 @@ def saelens(task: Any, turns: Any) -> None:
     kind, arguments = {
         "topk": ("TopKTrainingSAE", {"k": task.k}),
         "mutual_choice": ("BatchTopKTrainingSAE", {"k": task.k}),
+        "batch_topk": ("BatchTopKTrainingSAE", {"k": task.k}),
+        "matryoshka": (
+            "MatryoshkaBatchTopKTrainingSAE",
+            {"k": task.k, "matryoshka_widths": [task.n_latents // n for n in PREFIXES]},
+        ),
         "relu": ("StandardTrainingSAE", {}),
         "gated": ("GatedTrainingSAE", {}),
         "jumprelu": ("JumpReLUTrainingSAE", {}),
@@ -147,12 +154,18 @@ def saelens(task: Any, turns: Any) -> None:
 def dictionary_learning(task: Any, turns: Any) -> None:
     """Run the trainer's ``update`` as dictionary_learning's ``trainSAE`` calls it."""
     skip_package_init("dictionary_learning")
-    if task.family == "mutual_choice":
-        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer as Trainer
-    else:
+    arguments: dict[str, Any] = {}
+    if task.family == "matryoshka":
+        from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer as Trainer
+
+        widths = [task.n_latents // n for n in PREFIXES]
+        arguments["group_fractions"] = [(b - a) / task.n_latents for a, b in itertools.pairwise([0, *widths])]
+    elif task.family == "topk":
         from dictionary_learning.trainers.top_k import TopKTrainer as Trainer
+    else:
+        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer as Trainer
     turns.build_from_here()
-    trainer = Trainer(STEPS, task.d_in, task.n_latents, task.k, layer=0, lm_name="activations", device="cpu")
+    trainer: Any = Trainer(STEPS, task.d_in, task.n_latents, task.k, layer=0, lm_name="activations", device="cpu", **arguments)
 
     def held() -> int:
         return worker.held_bytes(trainer.ae.parameters(), trainer.optimizer.state)
@@ -175,12 +188,15 @@ def grad_pursuit(task: Any, turns: Any) -> None:
 def overcomplete(task: Any, turns: Any) -> None:
     """Run overcomplete's ``train_sae``."""
     skip_package_init("overcomplete")
-    from overcomplete.sae import MpSAE, TopKSAE, train_sae
+    from overcomplete.sae import BatchTopKSAE, MpSAE, TopKSAE, train_sae
     from overcomplete.sae.losses import top_k_auxiliary_loss
 
     turns.build_from_here()
     if task.family == "matching_pursuit":
         sae, criterion = MpSAE(task.d_in, task.n_latents, k=task.k), squared_error
+    elif task.family == "batch_topk":
+        # It counts over the whole batch.
+        sae, criterion = BatchTopKSAE(task.d_in, task.n_latents, top_k=task.k * task.tokens), top_k_auxiliary_loss
     else:
         sae, criterion = TopKSAE(task.d_in, task.n_latents, top_k=task.k), top_k_auxiliary_loss
     optimizer = torch.optim.Adam(sae.parameters())
@@ -204,10 +220,15 @@ def skip_package_init(package: str) -> None:
 PEERS: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     **dict.fromkeys(itertools.product(["topk"], ["sparsify", "sparsify_adam"]), sparsify),
     **dict.fromkeys(
-        itertools.product(["topk", "mutual_choice", "relu", "gated", "jumprelu", "matching_pursuit"], ["saelens"]), saelens
+        itertools.product(
+            ["topk", "mutual_choice", "batch_topk", "matryoshka", "relu", "gated", "jumprelu", "matching_pursuit"], ["saelens"]
+        ),
+        saelens,
     ),
-    **dict.fromkeys(itertools.product(["topk", "mutual_choice"], ["dictionary_learning"]), dictionary_learning),
-    **dict.fromkeys(itertools.product(["topk", "matching_pursuit"], ["overcomplete"]), overcomplete),
+    **dict.fromkeys(
+        itertools.product(["topk", "mutual_choice", "batch_topk", "matryoshka"], ["dictionary_learning"]), dictionary_learning
+    ),
+    **dict.fromkeys(itertools.product(["topk", "batch_topk", "matching_pursuit"], ["overcomplete"]), overcomplete),
     ("gradient_pursuit", "dictionary_learning"): grad_pursuit,
 }
 

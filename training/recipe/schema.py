@@ -179,10 +179,17 @@ class HarvestSection(Section):
     max_bad_share: Share = Field(default=0.01, description="on_bad_row skip: stop if a larger share of tokens is bad")
 
 
+# Start of a transcoder that is no saved dictionary.
+MLP_START = "mlp"
+
+
 class StartSection(Section):
     """Saved dictionary that training starts from (warm start); ``start: PATH`` alone gives its path."""
 
-    path: Place = Field(description="checkpoint, stack, or another library's files: a directory, a file, or a Hub repository")
+    path: Place = Field(
+        description="checkpoint, stack, or another library's files: a directory, a file, or a Hub repository; mlp: the neurons "
+        "of the MLP that a transcoder replaces (a directory of that name: ./mlp)"
+    )
     hook: str | None = Field(
         default=None, description="which dictionary, if there are several; null: that of the recipe's hook"
     )

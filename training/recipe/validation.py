@@ -13,7 +13,7 @@ from ...sae.encoders import ENCODERS, build_encoder
 from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
-from .schema import DictionarySection, Recipe, total_steps
+from .schema import MLP_START, DictionarySection, Recipe, total_steps
 
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -138,6 +138,9 @@ def _check_files(recipe: Recipe) -> list[str]:
 def _check_start(section: DictionarySection) -> list[str]:
     """Check the keys that a warm start makes optional, or that only it may set."""
     if section.start is not None:
+        given = {*section.start.model_fields_set, "path"} - {"path", "new_latents"}
+        if section.start.path == MLP_START and given:
+            return [f"dictionary.start.{min(given)}: expected none with path mlp, which reads no files. Leave it out."]
         return []
     problems = [
         f"dictionary.{key}: required, but missing." for key in ("n_latents", "encoder") if getattr(section, key) is None

@@ -5,7 +5,7 @@ have the same tokens and different latents, and exchange candidates and partial 
 all of whose parts run one after another: computation and communication do not overlap.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ...sae.ranks import GATHERED_BYTES
 from ..divided import divides_batch, divides_latents
@@ -180,7 +180,16 @@ def rank_step(run: RunSizes, mesh: MeshShape) -> RankStep:
             found.latents + latents_traffic(whole, own, mesh.latents),
             found.dense or dense,
         )
-    return found
+    return replace(found, data=found.data + live_traffic(run, mesh))
+
+
+def live_traffic(run: RunSizes, mesh: MeshShape) -> Traffic:
+    """Return the messages of ranks that run the language model on some contexts each: the rows of their parts of a batch."""
+    others = mesh.devices - 1
+    if not run.live or not others:
+        return Traffic()
+    received = 4 * sum(run.row_numbers) * (run.batch_tokens // mesh.data) * others // mesh.devices
+    return Traffic(others * len(run.row_numbers), received)
 
 
 def meshes(devices: int) -> list[MeshShape]:

@@ -81,8 +81,8 @@ def _predict(run: RunSizes, machine: Machine, mesh: MeshShape) -> MeshPrediction
     if refused := refusal(run, mesh):
         return MeshPrediction(mesh, refused)
     memory, step = device_memory(run, mesh, machine.shares_memory), rank_step(run, mesh)
-    # The model runs whole on every rank, for all tokens of the batch.
-    model = model_seconds(run, machine, round(run.batch_tokens * run.read_per_token)) if run.live else 0.0
+    # All ranks divide the contexts among them.
+    model = model_seconds(run, machine, round(run.batch_tokens * run.read_per_token)) / mesh.devices if run.live else 0.0
     seconds = step_seconds(machine, mesh, step, model)
     needed = memory.all if machine.shares_memory else memory.device
     refused = f"needs {size_words(needed)} of {size_words(machine.memory_bytes)}" if needed > machine.memory_bytes else ""

@@ -11,7 +11,7 @@ from ...sae.checkpoint import build_dictionary
 from ...sae.encoders import build_encoder
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ..activations.sites import n_layers
-from ..divided import undivided_latents, undivided_objective
+from ..divided import undivided_latents
 from ..recipe import DictionarySection, Recipe
 from ..recipe.validation import with_budget
 from ..resolve_hooks import ModelOutline, ResolvedRecipe, dictionary_arguments, resolve_recipes
@@ -159,15 +159,8 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
         budgeted="k" in spec,
         batch_wide=wide or joint,
         passes=int(spec["k"]) if dictionary.tied else 1,
-        unsplittable=_unsplittable(recipe),
+        unsplittable=undivided_latents(recipe),
     )
-
-
-def _unsplittable(recipe: Recipe) -> str:
-    """Return why a recipe's latents cannot be divided among ranks; empty if they can."""
-    if reason := undivided_objective(recipe):
-        return f"objective: {reason}"
-    return undivided_latents(recipe)
 
 
 def run_sizes(recipes: Sequence[Recipe], given: Given) -> RunSizes:

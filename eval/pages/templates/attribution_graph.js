@@ -7,8 +7,8 @@ const FIRST = 60, LISTED = 12, LEFT = 58, LOW = 70, COLUMN = 34;
 const svg = $('graph');
 const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
   ({id, kind: KIND[kind], layer, position, index, share, value, total, constant, into: [], from: []}));
-const edges = data.edges.map(([source, target, weight, share, size]) =>
-  ({source: nodes[source], target: nodes[target], weight, share, size}));
+const edges = data.edges.map(([source, target, weight, share, size], id) =>
+  ({source: nodes[source], target: nodes[target], weight, share, size, via: data.edge_heads && data.edge_heads[id]}));
 for (const edge of edges) { edge.target.into.push(edge); edge.source.from.push(edge); }
 const note = node => node.kind === 'latent' ? data.notes[node.layer + '.' + node.index] : undefined;
 const row = node => node.kind === 'token' ? 0 : node.kind === 'logit' ? data.layers + 1 : node.layer + 1;
@@ -223,13 +223,44 @@ function link(node) {
   return button;
 }
 const labelled = node => [link(node), note(node) && note(node).label ? make('em', 'note', note(node).label) : null];
+// The heads that carry an edge, and the position each attends to.
+function carriers({via, weight}) {
+  if (!via || !via[1].length) return null;
+  const [direct, heads] = via, sum = heads.reduce((total, part) => total + part[3], direct), rest = weight - sum;
+  const words = heads.map(([layer, head, key, part]) => `head ${layer}.${head} at \u201c${tokens[key].trim()}\u201d ${key} ${signed(part)}`);
+  if (direct) words.push('direct ' + signed(direct));
+  if (Math.abs(rest) > 0.005 * Math.abs(weight)) words.push('others ' + signed(rest));
+  return make('em', 'note heads', 'through ' + words.join(', '));
+}
+const sourceName = part => part === null ? 'constant'
+  : name({kind: KIND[part[0]], layer: part[1], position: part[2], index: part[3]});
+// Scores of the heads that carry edges into a node, each with its largest terms.
+function scoreList(node) {
+  const used = new Set(node.into.flatMap(edge => (edge.via ? edge.via[1] : []).map(part => part.slice(0, 3).join())));
+  const list = (data.attention_scores || []).filter(({place: [layer, head, query, key]}) =>
+    query === node.position && used.has([layer, head, key].join()));
+  if (!list.length) return null;
+  const items = make('ol', 'plain scores');
+  for (const {place: [layer, head, query, key], weight, score, cap, terms, rest} of list) {
+    const at = position => '\u201c' + tokens[position].trim() + '\u201d ' + position;
+    const said = `head ${layer}.${head} \u00b7 ${at(query)} to ${at(key)}`;
+    items.append(make('li', 'place', make('span', 'who', said), make('span', 'weight', percent(weight))));
+    const kept = cap === null ? '' : `, before a soft cap at ${number(cap)}`;
+    items.append(make('li', '', make('span', 'note', `score${kept}`), make('span', 'weight', signed(score))));
+    for (const [one, other, value] of terms) items.append(make('li', '',
+      make('span', 'who', make('em', 'note', 'query: ' + sourceName(one)), make('em', 'note', 'key: ' + sourceName(other))),
+      make('span', 'weight', signed(value))));
+    items.append(make('li', '', make('span', 'note', 'all other terms'), make('span', 'weight', signed(rest))));
+  }
+  return make('div', 'edges', make('h3', '', 'Attention of the heads that carry its inputs'), items);
+}
 function edgeList(title, list, other) {
   if (!list.length) return null;
   const ordered = [...list].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)), items = make('ol', '');
   for (const edge of ordered.slice(0, 12)) {
     const bar = make('i', edge.weight > 0 ? 'up' : 'down');
     bar.style.width = Math.max(2, 100 * Math.abs(edge.weight) / Math.abs(ordered[0].weight)) + '%';
-    items.append(make('li', '', make('span', 'who', ...labelled(edge[other])), make('span', 'bar', bar),
+    items.append(make('li', '', make('span', 'who', ...labelled(edge[other]), carriers(edge)), make('span', 'bar', bar),
       make('span', 'weight', signed(edge.weight))));
   }
   const rest = ordered.length > 12 ? make('p', 'note', (ordered.length - 12) + ' more, weaker') : null;
@@ -279,7 +310,7 @@ function detail(node) {
     parts.push(make('h3', '', known.windows.length ? 'Top activating contexts' : none),
       make('div', 'contexts', ...known.windows.map(context)));
   }
-  parts.push(edgeList('Inputs', node.into, 'source'), edgeList('Outputs', node.from, 'target'));
+  parts.push(edgeList('Inputs', node.into, 'source'), scoreList(node), edgeList('Outputs', node.from, 'target'));
   panel.replaceChildren(...parts.filter(Boolean));
   panel.scrollTop = 0;
 }

@@ -28,7 +28,7 @@ def cross_layer(width, layers=3, dtype=torch.float64):
     return built.requires_grad_(False).eval()
 
 
-FAMILIES, KINDS = ("gpt2", "gpt_neox", "llama"), ("stack", "cross_layer", "some layers")
+FAMILIES, KINDS = ("gpt2", "gpt_neox", "llama", "gemma2", "gemma3"), ("stack", "cross_layer", "some layers")
 
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
@@ -46,13 +46,24 @@ PAIRS = [pytest.param((family, kind), id=f"{family} {kind}") for family in FAMIL
 @pytest.fixture(params=PAIRS)
 def local(request, tiny_model, random_transcoders):
     family, kind = request.param
-    anatomy = Architecture(tiny_model(family))
+    anatomy = Architecture(tiny_model(family), post_norms=True)
     dictionaries, layers = {
         "stack": (random_transcoders(anatomy.d_model), None),
         "cross_layer": (cross_layer(anatomy.d_model), None),
         "some layers": (cross_layer(anatomy.d_model, layers=2), (0, 2)),
     }[kind]
-    return LocalReplacement(Replacement(anatomy, dictionaries, layers), prompt(), exclude_leading=1)
+    # In Gemma, transcoders of layers 0 and 2 write after the norm that follows the MLP, those of layer 1 before it.
+    hooks = {
+        layer: (f"model.layers.{layer}.mlp:in", f"model.layers.{layer}.post_feedforward_layernorm:out") for layer in (0, 2)
+    }
+    replacement = Replacement(anatomy, dictionaries, layers, hooks if family.startswith("gemma") else None)
+    return LocalReplacement(replacement, prompt(), exclude_leading=1)
+
+
+def uncapped(local):
+    """The model's own logits at the last position, its soft cap undone."""
+    logits, cap = local.trace.logits[0, -1], local.anatomy.logit_cap
+    return logits if cap is None else cap * (logits / cap).atanh()
 
 
 def totals(graph):
@@ -84,9 +95,9 @@ def test_edges_and_constants_add_up_to_pre_activations_and_logits(local):
         node = graph.node(number)
         own = pre_activation(local, node.layer, node.position, node.index)
         assert float(graph.totals[number]) == pytest.approx(own, abs=1e-9)
-    logits = local.trace.logits[0, -1]
+    logits = uncapped(local)
     expected = torch.stack([logits[target.token] - logits.mean() for target in graph.targets])
-    assert torch.allclose(graph.totals[graph.logits], expected, atol=1e-9)
+    assert torch.allclose(graph.totals[graph.logits], expected, atol=1e-8)
     # Only targets have rows; nothing comes from a logit.
     assert not graph.adjacency[graph.errors.start : graph.tokens.stop].any()
     assert not graph.adjacency[:, graph.logits].any()
@@ -111,7 +122,7 @@ def test_logit_targets_are_the_likeliest_or_the_chosen(local):
     assert count == 10 or sum(target.probability for target in graph.targets) >= 0.95
     assert [target.weight for target in graph.targets] == [target.probability for target in graph.targets]
     difference = graph_of(local, answer=7, foil=30)
-    logits = local.trace.logits[0, -1]
+    logits = uncapped(local)
     assert float(totals(difference)[-1]) == pytest.approx(float(logits[7] - logits[30]), abs=1e-9)
     assert difference.targets[0].weight == 1.0
     assert float(totals(graph_of(local, answer=7))[-1]) == pytest.approx(float(logits[7] - logits.mean()), abs=1e-9)

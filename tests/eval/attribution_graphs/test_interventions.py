@@ -51,10 +51,11 @@ def crossing(width):
         ("gpt2", "stack"),
         ("llama", "cross_layer"),
         ("gpt_neox", "cross_layer"),
+        ("gemma2", "stack"),
     ],
 )
 def test_predictions_are_what_the_local_replacement_does(family, kind, tiny_model, random_transcoders):
-    anatomy = Architecture(tiny_model(family))
+    anatomy = Architecture(tiny_model(family), post_norms=True)
     dictionaries = random_transcoders(anatomy.d_model) if kind == "stack" else crossing(anatomy.d_model)
     local = LocalReplacement(Replacement(anatomy, dictionaries), prompt(), 1)
     for graph in (graph_of(local), graph_of(local, max_latents=30)):
@@ -143,12 +144,14 @@ FAMILY_KINDS = [
     ("gpt2", "cross_layer"),
     ("gpt_neox", "cross_layer"),
     ("llama", "stack"),
+    ("gemma2", "stack"),
+    ("gemma3", "cross_layer"),
 ]
 
 
 @pytest.mark.parametrize(("family", "kind"), FAMILY_KINDS)
 def test_with_norms_and_patterns_held_the_model_itself_does_what_edges_say(family, kind, tiny_model, random_transcoders):
-    anatomy = Architecture(tiny_model(family))
+    anatomy = Architecture(tiny_model(family), post_norms=True)
     dictionaries = random_transcoders(anatomy.d_model) if kind == "stack" else crossing(anatomy.d_model)
     local = LocalReplacement(Replacement(anatomy, dictionaries), prompt(), 1)
     graph = graph_of(local)

@@ -120,3 +120,34 @@ def test_what_cannot_be_explained_is_refused(stack, tmp_path):
     transcoder().save(tmp_path / "tensors", {})
     with pytest.raises(ValueError, match=r"trained on tensors"):
         open_graph_target(str(tmp_path / "tensors"))
+
+
+def test_attention_goes_into_the_file_and_onto_the_page(stack, tmp_path):
+    out = str(tmp_path / "out")
+    facts = attribution_graph(str(stack), PROMPT, out, node_threshold=0.99, context_tokens=0, attention=True)
+    values = json.loads((tmp_path / "out" / "graph.json").read_text())
+    assert len(values["links"]) == facts["n_edges"]
+    position = {node["node_id"]: node["ctx_idx"] for node in values["nodes"]}
+    for link in values["links"]:
+        if position[link["source"]] != position[link["target"]]:
+            assert link["direct"] == 0
+            assert link["heads"]
+        # Three heads of each are listed.
+        if len(link["heads"]) < 3:
+            assert link["direct"] + sum(part["weight"] for part in link["heads"]) == pytest.approx(link["weight"], rel=1e-3)
+    assert 0 < len(values["attention_scores"]) <= 24
+    for score in values["attention_scores"]:
+        assert sum(term["value"] for term in score["terms"]) + score["rest"] == pytest.approx(score["score"], abs=1e-3)
+        assert 0 < score["weight"] <= 1
+    data = json.loads((tmp_path / "out" / "graph-page.json").read_text())
+    assert len(data["edge_heads"]) == len(data["edges"])
+    assert [score["place"][0] for score in data["attention_scores"]] == [s["layer"] for s in values["attention_scores"]]
+
+
+def test_attention_without_a_prompt_is_refused(monkeypatch, capsys):
+    import sparsary
+
+    monkeypatch.setattr("sys.argv", ["sparsary", "circuits", "runs/stack", "--attention"])
+    with pytest.raises(SystemExit):
+        sparsary.main()
+    assert "--attention: expected --prompt beside it" in capsys.readouterr().err

@@ -31,8 +31,8 @@ FACTS = {
 
 
 def test_the_command_prints_tables_and_short_numbers(monkeypatch, capsys):
-    def graph(checkpoint, prompt, out, options):
-        assert (checkpoint, prompt) == ("runs/stack", "A prompt")
+    def graph(checkpoint, prompt, out, options, attention):
+        assert (checkpoint, prompt, attention) == ("runs/stack", "A prompt", False)
         return FACTS | {"json_path": "graph/graph.json", "page_path": "graph/graph.html"}
 
     monkeypatch.setattr(run, "attribution_graph", graph)

@@ -1,5 +1,8 @@
 """What every encoder in the registry must do. A new variant is picked up by its name alone."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -19,10 +22,23 @@ def test_every_encoder_has_arguments_to_be_tested_with(encoder_arguments):
     assert encoder_arguments.keys() == ENCODERS.keys()
 
 
+@pytest.fixture(scope="module")
+def warmed_up(encoder_arguments):
+    """Return a function that makes an encoder's SAE once."""
+    return functools.cache(lambda name: warm_up(name, encoder_arguments[name]))
+
+
 @pytest.fixture(params=sorted(ENCODERS))
-def sae(request, encoder_arguments):
+def sae(request, warmed_up):
+    sae = copy.deepcopy(warmed_up(request.param))
+    # What a test draws does not depend on whether it is the first.
+    torch.manual_seed(4)
+    return sae
+
+
+def warm_up(name, arguments):
     torch.manual_seed(3)
-    sae = SAE(D, LATENTS, ENCODERS[request.param](**encoder_arguments[request.param]))
+    sae = SAE(D, LATENTS, ENCODERS[name](**arguments))
     with torch.no_grad():
         if sae.W_enc is not None:
             sae.W_enc.add_(0.1 * torch.randn(LATENTS, D))

@@ -286,7 +286,6 @@ SAMPLE = [
     "test_norms_and_steps[small-False-0-empty_rows-dtype2]",
     "test_norms_and_steps[as they are-True-3-repeated-dtype5]",
     "test_a_nan_does_not_go_unseen",
-    "test_a_run_with_the_fused_optimizer_is_the_same_run[topk-0.003]",
 ]
 # What is run, and how many of those need a GPU.
 PARTS = {

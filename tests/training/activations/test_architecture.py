@@ -19,12 +19,12 @@ def token_ids():
     return torch.randint(3, 41, (2, 7))
 
 
-def check(anatomy, token_ids, rtol=1e-9, atol=1e-9):
+def check(anatomy, token_ids, rtol=1e-9, atol=1e-9, embedded=None):
     def close(one, other):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
     trace = anatomy.trace(token_ids)
-    resid = anatomy.W_E[token_ids]
+    resid = anatomy.W_E[token_ids] if embedded is None else embedded
     if anatomy.W_P is not None:
         resid = resid + anatomy.W_P[: token_ids.shape[1]]
     for layer, at in zip(anatomy.layers, trace.layers, strict=True):
@@ -32,12 +32,19 @@ def check(anatomy, token_ids, rtol=1e-9, atol=1e-9):
         close(layer.attention_norm.apply(at.pre, at.attention_scale), at.attention_in)
         close(torch.einsum("chts,cshd->cthd", at.pattern, at.v), at.z)
         close(torch.einsum("cthd,hdm->ctm", at.z, layer.W_O) + layer.b_O, at.attention_out)
-        resid = resid + at.attention_out
+        if layer.attention_post_norm is None:
+            assert at.attention_written is at.attention_out
+            assert at.mlp_written is at.mlp_out
+        else:
+            close(layer.attention_post_norm.apply(at.attention_out, at.attention_post_scale), at.attention_written)
+            close(layer.mlp_post_norm.apply(at.mlp_out, at.mlp_post_scale), at.mlp_written)
+        resid = resid + at.attention_written
         close(at.pre if anatomy.parallel else resid, at.mid)
         close(layer.mlp_norm.apply(at.mid, at.mlp_scale), at.mlp_in)
-        resid = resid + at.mlp_out
+        resid = resid + at.mlp_written
     close(resid, trace.last)
-    close(anatomy.final_norm.apply(trace.last, trace.last_scale) @ anatomy.W_U.T, trace.logits)
+    logits = anatomy.final_norm.apply(trace.last, trace.last_scale) @ anatomy.W_U.T
+    close(logits if anatomy.logit_cap is None else (logits / anatomy.logit_cap).tanh() * anatomy.logit_cap, trace.logits)
     return trace
 
 
@@ -46,6 +53,19 @@ def test_the_parts_make_up_the_model(anatomy, token_ids):
     future = torch.ones(7, 7).triu(1).bool()
     assert all((at.pattern[..., future] == 0).all() for at in trace.layers)
     assert anatomy.layers[0].W_V.shape == (anatomy.n_heads, anatomy.d_head, anatomy.d_model)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_the_parts_of_a_model_with_post_norms_make_it_up(family, tiny_model, token_ids):
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match=rf"got 'gemma[23_tex]+' \({family}\), which normalizes them first \(post_attention"):
+        Architecture(model)
+    anatomy = Architecture(model, post_norms=True)
+    trace = check(anatomy, token_ids, embedded=anatomy.W_E[token_ids] * model.module.model.embed_tokens.embed_scale)
+    # Gains are stored minus 1; the window of the first layer is three tokens.
+    assert torch.equal(anatomy.final_norm.weight, 1 + model.module.model.norm.weight)
+    assert [bool((at.pattern[..., 6, :4] == 0).all()) for at in trace.layers] == [True, False, True]
+    assert [layer.q_norm is None for layer in anatomy.layers] == [family == "gemma2"] * 3
 
 
 def test_the_embedded_model_s_parts_make_it_up(embedded_model):

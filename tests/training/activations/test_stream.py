@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from sparsary.training.activations.context_stream import ContextStream
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.harvested_rows import HarvestedRows
-from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
+from sparsary.training.activations.live import Buffers, LiveStream
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.shuffle import permute
 from sparsary.training.activations.store_stream import StoreStream

@@ -118,7 +118,7 @@ def measured_step(load_beside):
 @pytest.mark.parametrize("mesh", [MeshShape(2), MeshShape(4), MeshShape(1, 2), MeshShape(2, 2)], ids=str)
 def test_messages_are_those_that_a_step_sends(measured_step, mesh):
     settings = recipe()
-    step = rank_step(sizes(), mesh)
+    step = rank_step(replace(sizes(), live=False), mesh)
     for traffic, (sent, messages), ranks in zip(
         (step.data, step.latents), measured_step(mesh, settings), (mesh.data, mesh.latents), strict=True
     ):
@@ -185,7 +185,7 @@ def test_a_mesh_that_cannot_divide_the_run_says_why(changes, mesh, words):
     assert refusal(sizes(), MeshShape(4, 2)) == ""
 
 
-def test_latents_of_a_cross_layer_transcoder_are_not_divided():
+def test_ranks_divide_the_latents_of_every_layer_of_a_cross_layer_transcoder():
     section = {"kind": "cross_layer_transcoder", "site": "mlp", "layers": "all", "n_latents": 64}
     run = run_sizes([recipe(dictionary=section | {"encoder": {"name": "topk", "k": 4}})], Given(d_model=16, layers=5))
     (dictionary,) = run.dictionaries
@@ -193,7 +193,19 @@ def test_latents_of_a_cross_layer_transcoder_are_not_divided():
     assert sum(block.d_out for block in dictionary.blocks) == 16 * 15
     assert sum(block.matrix_numbers for block in dictionary.blocks) == 64 * 16 * (5 + 15)
     assert refusal(run, MeshShape(4)) == ""
-    assert "cross-layer transcoder" in refusal(run, MeshShape(2, 2))
+    assert refusal(run, MeshShape(2, 2)) == ""
+    assert [block.n_latents for block in split(dictionary, 4).blocks] == [16] * 5
+    assert "n_latents 64 is not a multiple of 3" in refusal(run, MeshShape(1, 3))
+
+
+def test_ranks_of_a_streamed_model_send_each_other_rows():
+    given = Given(d_model=64, parameters=1000, layers=4)
+    live = run_sizes([recipe()], given)
+    stored = run_sizes([recipe(harvest={"hooks": [HOOK], "store": "there", "tokens": 1000})], given)
+    for mesh, own in ((MeshShape(4), 64), (MeshShape(2, 2), 128), (MeshShape(1), 0)):
+        more = rank_step(live, mesh).data.bytes_ - rank_step(stored, mesh).data.bytes_
+        # Three of four ranks hold rows of this rank's part.
+        assert more == own * 64 * 4 * 3 // 4
 
 
 def test_memory_by_hand():

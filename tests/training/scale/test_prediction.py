@@ -120,12 +120,12 @@ def test_tokens_duration_and_disk():
     assert found.checkpoint_bytes == 28 * run.parameters
 
 
-def test_a_streamed_model_adds_its_time_to_every_step_whatever_the_ranks():
+def test_a_streamed_model_adds_its_time_to_every_step_divided_by_the_ranks():
     given = Given(d_model=64, parameters=10**9, layers=6)
     run = run_sizes([recipe(harvest={"hooks": [HOOK]})], given)
     for devices in (1, 4):
         best = predict_run(run, machine(), devices).best
-        assert best.seconds.model == pytest.approx(10**9 * 0.5 * 4096 * 128 / 120 * 1e-12, rel=1e-3)
+        assert best.seconds.model == pytest.approx(10**9 * 0.5 * 4096 * 128 / 120 * 1e-12 / devices, rel=1e-3)
     assert predict_run(run, machine(), 1).harvest_seconds == 0
 
 

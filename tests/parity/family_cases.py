@@ -1,0 +1,203 @@
+"""Activations of ``compare_families.py``: how dictionaries on them are trained here and judged."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsary.eval.heldout import TextBatch, text_batches
+from sparsary.eval.synthetic.recovery import Recovery
+from sparsary.eval.synthetic.truth import SCORED_SEED, Samples, truth_set
+from sparsary.training.activations.harvest import harvest_activations
+from sparsary.training.activations.hooked_model import next_token_loss
+from sparsary.training.activations.model import LanguageModel, load_model
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.recipe import Recipe, check_recipe, load_recipe
+from sparsary.training.text import Cursor
+
+ROOT = Path(__file__).parents[2]
+WARMUP, DECAY = 100, 0.2
+DEAD_TOKENS, SCORED_TOKENS = 100_000, 15_000
+TRANSCODERS = ("transcoder", "skip_transcoder")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Activations with a folder for them, and how dictionaries on them are trained and judged."""
+
+    name: str
+    folder: Path
+    n_latents: int
+    k: int
+    lr: float
+    batch: int
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.steps
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Widths of Matryoshka's nested dictionaries."""
+        return [self.n_latents // n for n in (16, 8, 4, 2, 1)]
+
+    @cached_property
+    def train(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "train.safetensors")
+
+    @cached_property
+    def heldout(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "heldout.safetensors")
+
+    def recipe(self, family: str, knob: float, seed: int, out_dir: Path) -> Recipe:
+        """Return the recipe of a run here."""
+        raise NotImplementedError
+
+    def judge(self, outputs: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return figures that only these activations have."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Embedded(Case):
+    """Case of the embedded model. ``hooks`` are those that dictionaries read and write."""
+
+    hooks: tuple[str, str] = ("transformer.h.2:out", "transformer.h.2:out")
+
+    @cached_property
+    def source(self) -> Recipe:
+        return load_recipe(ROOT / "recipes" / "embedded" / "topk.yaml", {"harvest.gradients": False})
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        return load_model(self.source.model)
+
+    @cached_property
+    def text(self) -> list[TextBatch]:
+        return list(text_batches(self.model, self.source.text, self.source.harvest, Cursor(0, 0), SCORED_TOKENS))
+
+    def prepare(self) -> None:
+        """Harvest and write both splits: training rows in their order, held-out rows in text order."""
+        names = ("x", "y") if self.hooks[0] != self.hooks[1] else ("x",)
+        hooks = dict(zip(names, self.hooks, strict=False))
+        section = self.source.harvest.model_copy(
+            update={"hooks": tuple(hooks.values()), "tokens": 2 * self.tokens, "store": str(self.folder / "store")}
+        )
+        store = harvest_activations(self.model, self.source.text, section)
+        stream = StoreStream(store, self.hooks[:1], 1, seed=0, hooks_out=self.hooks[1:] if len(names) > 1 else ())
+        rows = np.concatenate([stream.order(i, self.batch) for i in range(0, self.tokens, self.batch)])
+        roles = {"x": "x", "y": "target"}
+        save_file({name: stream.rows[roles[name]].gather(rows) for name in names}, self.folder / "train.safetensors")
+        stream.release()
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for batch in self.text:
+            seen = self.model.activations(batch.token_ids, tuple(hooks.values()))
+            for name, hook in hooks.items():
+                found[name].append(seen[hook][batch.kept].float())
+        save_file({name: torch.cat(parts) for name, parts in found.items()}, self.folder / "heldout.safetensors")
+
+    def recipe(self, family: str, knob: float, seed: int, out_dir: Path) -> Recipe:
+        path = {"transcoder": "transcoders/embedded/transcoder", "skip_transcoder": "transcoders/embedded/skip"}
+        file = ROOT / "recipes" / f"{path.get(family, f'embedded/{family}')}.yaml"
+        overrides = {"harvest.gradients": False} if family not in TRANSCODERS else {}
+        recipe = load_recipe(file, overrides | _budget(load_recipe(file, overrides).dictionary.encoder, knob))
+        schedule = {
+            "tokens": self.tokens,
+            "batch_tokens": self.batch,
+            "lr": self.lr,
+            "lr_warmup_steps": WARMUP,
+            "lr_decay": DECAY,
+        }
+        logs = {"dead_after_tokens": DEAD_TOKENS, "log_every": 1000, "save_every": 10_000}
+        return recipe.model_copy(update=schedule | logs | {"seed": seed, "out_dir": str(out_dir)})
+
+    def judge(self, outputs: Mapping[str, Tensor]) -> dict[str, float]:
+        clean, mean = self.baselines
+        return {"ce_recovered": (mean - self.loss(outputs["y_hat"])) / (mean - clean)}
+
+    @cached_property
+    def baselines(self) -> tuple[float, float]:
+        """Loss of the unmodified model, and with the mean of the hook in place of its values."""
+        y = self.heldout.get("y", self.heldout["x"])
+        return self.loss(None), self.loss(y.mean(0).expand_as(y))
+
+    @torch.no_grad()
+    def loss(self, rows: Tensor | None) -> float:
+        """Return the model's mean loss in nats, with rows in place of the kept activations if they are given."""
+        total, count, start = 0.0, 0, 0
+        for batch in self.text:
+            size = int(batch.kept.sum())
+            change = {} if rows is None else {self.hooks[1]: _placing(rows[start : start + size], batch.kept)}
+            with self.model.hooked(change):
+                loss = next_token_loss(self.model.logits(batch.token_ids), batch.token_ids)[batch.counted]
+            total, count, start = total + float(loss.double().sum()), count + len(loss), start + size
+        return total / count
+
+
+def _placing(rows: Tensor, kept: Tensor) -> Callable[[Tensor], Tensor]:
+    def placed(x: Tensor) -> Tensor:
+        changed = x.clone()
+        changed[kept] = rows.to(x.dtype)
+        return changed
+
+    return placed
+
+
+def _budget(encoder: Mapping[str, Any], knob: float) -> dict[str, Any]:
+    """Return the recipe's key for the sparsity, and its value."""
+    return {"dictionary.encoder.target_l0": knob} if "target_l0" in encoder else {"dictionary.encoder.k": round(knob)}
+
+
+@dataclass(frozen=True)
+class PlantedCase(Case):
+    """Case of planted features; the data of seed 0 for all."""
+
+    @cached_property
+    def truth(self) -> Any:
+        return truth_set("synth_sae_bench_small")
+
+    @cached_property
+    def sample(self) -> Any:
+        return self.truth.planted(0).sample(SCORED_TOKENS, SCORED_SEED)
+
+    def prepare(self) -> None:
+        """Draw and write both splits."""
+        x = torch.cat([x for x in Samples(self.truth.planted(0), self.tokens, self.batch, 0) if isinstance(x, Tensor)])
+        save_file({"x": x}, self.folder / "train.safetensors")
+        save_file({"x": self.sample.x.contiguous()}, self.folder / "heldout.safetensors")
+
+    def recipe(self, family: str, knob: float, seed: int, out_dir: Path) -> Recipe:
+        encoder = dict(load_recipe(ROOT / "recipes" / "embedded" / f"{family}.yaml").dictionary.encoder)
+        hook = "planted:out"
+        values = {
+            "harvest": {"hooks": [hook], "tokens": 1},
+            "dictionary": {"hook": hook, "n_latents": self.n_latents, "encoder": encoder, "init": "random"},
+            "tokens": self.tokens,
+            "batch_tokens": self.batch,
+            "lr": self.lr,
+            "lr_warmup_steps": WARMUP,
+            "lr_decay": DECAY,
+            "dead_after_tokens": DEAD_TOKENS,
+            "calibration_tokens": 50 * self.batch,
+            "log_every": 1000,
+            "save_every": 10_000,
+            "seed": seed,
+            "out_dir": str(out_dir),
+        }
+        for key, value in _budget(encoder, knob).items():
+            encoder[key.rpartition(".")[2]] = value
+        return check_recipe(values, family)
+
+    def judge(self, outputs: Mapping[str, Tensor]) -> dict[str, float]:
+        recovery = Recovery(self.truth.planted(0), outputs["W_dec"].float())
+        latents = torch.zeros(len(self.sample.x), self.n_latents)
+        latents[outputs["rows"], outputs["latents"]] = outputs["values"]
+        recovery.update(latents, self.sample, outputs["y_hat"])
+        return {key: value for key, value in recovery.report().items() if key in ("latent_f1", "mcc")}
