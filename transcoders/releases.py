@@ -158,7 +158,7 @@ def published(*words: str) -> list[PublishedDictionary]:
     Any of their names can be given to ``load`` and to every command in place of a path. Without words, all are returned.
 
     >>> from sparsary import published
-    >>> [one.name for one in published("gpt2-small-res-jb", "blocks.8")]
+    >>> [one.name for one in published("gpt2-small-res-jb/blocks.8")]
     ['gpt2-small-res-jb/blocks.8.hook_resid_pre']
 
     Raises:
