@@ -27,7 +27,8 @@ from ..sae.formats.conversion import gate_of
 from ..sae.formats.hooks import architecture_of, to_module
 from ..sae.one_site import OneSiteDictionary
 from ..sae.tiled_scores import largest_of_batch
-from ..training.activations.model import section_content
+from ..training.activations.memory_models import PREFIX
+from ..training.activations.model import LanguageModel, section_content
 from ..training.content import model_problems, text_problems
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
 from ..training.recipe.validation import explain
@@ -121,6 +122,18 @@ class LoadedCheckpoint:
         for line in changed:
             log.warning("%s: trained on something else: %s.", self.name, line)
         return replace(self, members=members, assumed=assumed, changed=changed)
+
+
+def with_model(options: CheckpointOptions, model: Any, tokenizer: Any = None) -> CheckpointOptions:
+    """Return options that name a model in memory; unchanged if there is none.
+
+    Raises:
+        ValueError: If it is no causal language model, or comes without its tokenizer.
+    """
+    if model is None:
+        return options
+    found = model if isinstance(model, LanguageModel) else LanguageModel.from_pretrained(model, tokenizer)
+    return replace(options, model=found.named_by_weights().id)
 
 
 # A path, a hub id, or what ``load`` returned for one.
@@ -250,7 +263,9 @@ def complete(
 def _expected_content(recorded: Mapping[str, Any], options: CheckpointOptions) -> dict[str, Any]:
     """Drop the recorded content of a model or text that the caller replaces."""
     given = {key.split(".")[0] for key in options.settings if key not in CUTTING_KEYS}
-    given |= ({"model"} if options.model else set()) | ({"text"} if options.text else set())
+    # The weights of a model in memory can be compared with those of training.
+    replaced = options.model is not None and not options.model.startswith(PREFIX)
+    given |= ({"model"} if replaced else set()) | ({"text"} if options.text else set())
     sections = {"model": "model", "tokenizer": "model", "text": "text"}
     return {key: value for key, value in recorded.items() if sections.get(key) not in given}
 

@@ -20,7 +20,7 @@ from .ranks import ALONE, UNDIVIDED
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
-from .sites import Site, columns_of, concatenated, in_form_of
+from .sites import Site, columns_by_site, concatenated, in_form_of
 from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .training_usage import TrainingUsage
@@ -151,7 +151,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
     @property
     def sites(self) -> list[Site]:
         """Model locations that the dictionary reconstructs, in the order of the forward pass."""
-        return [Site(*both) for both in zip(columns_of(self.widths_in), columns_of(self.widths_out), strict=True)]
+        return [Site(*both) for both in zip(columns_by_site(self.widths_in), columns_by_site(self.widths_out), strict=True)]
 
     @property
     def shares_code(self) -> bool:

@@ -19,10 +19,10 @@ class Site:
     writes: slice
 
 
-def columns_of(widths: Sequence[int]) -> list[slice]:
+def columns_by_site(widths: Sequence[int]) -> list[slice]:
     """Return the columns of each site where activations are concatenated along the feature axis.
 
-    >>> columns_of([3, 5])
+    >>> columns_by_site([3, 5])
     [slice(0, 3, None), slice(3, 8, None)]
     """
     ends = list(accumulate(widths))

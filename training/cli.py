@@ -88,6 +88,12 @@ def _hooks(
             for each in shown
         ],
     )
+    middle = next((each for each in found if each.layer == found[-1].layer // 2 and "resid_post" in each.sites), None)
+    if layer is None and middle is not None:
+        print(
+            f"To begin with, take the residual stream after a block in the middle: dictionary.hook: {middle.name}, or "
+            f"dictionary.layer: {middle.layer} with dictionary.site: resid_post."
+        )
 
 
 @app.command("train")

@@ -15,20 +15,25 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..sae.files import read_json, sha256, write_json
+from .chats import template_file
+from .documents import SourceDocument
 from .embedded import MODEL_DIR
-from .recipe import ModelSection, TextSection
+from .mix import part_names
+from .recipe import ModelSection, TextSection, TextSource
 from .text import Cursor, documents
+from .text_files import listed_files
 
 log = logging.getLogger(__name__)
 
 Content = dict[str, Any]
+AnySource = TypeVar("AnySource", bound=TextSource)
 REMEMBERED_FILE = "digests.json"
 REMEMBERED = 1000
 # A file may change again within the resolution of its timestamps, so digests of files that just changed are not cached.
@@ -38,7 +43,9 @@ EMBEDDED_DOCUMENTS = 16
 # Keys of a model configuration that do not affect the model.
 UNREAD_KEYS = ("transformers_version", "_name_or_path")
 # Keys of a text section that do not affect its documents.
-UNREAD_TEXT_KEYS = ("context_length", "bos", "packing", "seed", "source", "on_bad_row", "max_bad_share")
+UNREAD_TEXT_KEYS = (
+    *("context_length", "bos", "packing", "seed", "source", "on_bad_row", "max_bad_share", "tokenizer_sha256", "chat"),
+)
 
 
 def cache_folder() -> Path:
@@ -154,15 +161,18 @@ def chained(digest: str, text: str) -> str:
 class TextDigest:
     """Running digest of a text's documents in reading order. It may be queried from another thread.
 
-    Documents that are read again, as in a second pass, are not counted twice.
+    Documents that are read again, as in a second pass, are not counted twice. The record of a mix has the characters of every
+    part; that of a text with chats says that the tokenizer's template was used.
     """
 
     def __init__(self, section: TextSection):
         self.section = section
-        self._documents, self._digest = 0, ""
-        # Pairs (number of documents, digest) for documents read ahead of the last record.
-        self._ahead: deque[tuple[int, str]] = deque()
-        self._record = {"documents": 0, "sha256": ""}
+        self._documents, self._digest = 0, _template_seed(section)
+        # Number of documents, digest and further entries for documents read ahead of the last record.
+        self._ahead: deque[tuple[int, str, Content]] = deque()
+        self._record: Content = {"documents": 0, "sha256": ""}
+        self._parts = dict.fromkeys(part_names(section.mix), 0)
+        self._reads_template = False
         self._lock = threading.Lock()
         self._files = _text_files(section)
         self._states = _states_of(self._files)
@@ -173,7 +183,12 @@ class TextDigest:
             with self._lock:
                 self._digest = chained(self._digest, text)
                 self._documents += 1
-                self._ahead.append((self._documents, self._digest))
+                self._reads_template |= getattr(text, "kind", "text") == "chat" and self.section.chat.template == "tokenizer"
+                if isinstance(text, SourceDocument) and self._parts:
+                    self._parts[list(self._parts)[text.part]] += text.size
+                more: Content = {"characters": dict(self._parts)} if self._parts else {}
+                more |= {"chat_template": True} if self._reads_template else {}
+                self._ahead.append((self._documents, self._digest, more))
 
     def up_to(self, cursor: Cursor) -> Content:
         """Return the record of all documents that begin before ``cursor``; never of fewer than last time."""
@@ -181,8 +196,8 @@ class TextDigest:
             return text_record(self.section, EMBEDDED_DOCUMENTS)
         with self._lock:
             while self._ahead and self._ahead[0][0] <= cursor.document + (cursor.offset > 0):
-                number, digest = self._ahead.popleft()
-                self._record = {"documents": number, "sha256": digest}
+                number, digest, more = self._ahead.popleft()
+                self._record = {"documents": number, "sha256": digest} | more
             commit = self.section.dataset_revision
             return self._record | ({"commit": commit} if _is_commit(commit) else {})
 
@@ -192,12 +207,32 @@ class TextDigest:
             remember(_text_name(self.section, self._record["documents"]), self._states, self._record["sha256"])
 
 
+def _sources(section: TextSection) -> Sequence[TextSource]:
+    return section.mix if section.source == "mix" else (section,)
+
+
 def _text_files(section: TextSection) -> list[Path]:
-    if section.source == "files":
-        return [Path(name).resolve() for name in section.files]
-    if section.source == "hub" and Path(str(section.dataset)).is_dir():
-        return sorted(path for path in Path(str(section.dataset)).rglob("*") if path.is_file())
-    return []
+    """Return the files that documents are read from; none if there are others, on the Hub."""
+    found: list[Path] = []
+    for source in _sources(section):
+        if source.source == "hub" and not Path(str(source.dataset)).is_dir():
+            return []
+        if source.source == "hub":
+            found += sorted(path for path in Path(str(source.dataset)).rglob("*") if path.is_file())
+        elif source.source == "files":
+            try:
+                found += [path.resolve() for path in listed_files(source)]
+            except ValueError:
+                # Reported where they are read.
+                found += [Path(name).resolve() for name in source.files]
+    return found + [Path(section.chat.template).resolve()] * (section.chat.template != "tokenizer")
+
+
+def _template_seed(section: TextSection) -> str:
+    """Return the digest that the documents' begins with: of the chat template, if it is a file, else nothing."""
+    if section.chat.template == "tokenizer":
+        return ""
+    return hashlib.sha256(template_file(section.chat).encode()).hexdigest()
 
 
 def _states_of(files: list[Path]) -> list[list[int]]:
@@ -221,7 +256,7 @@ def text_record(section: TextSection, count: int | None) -> Content:
     """
 
     def compute() -> str:
-        digest = ""
+        digest = _template_seed(section)
         for _, text in islice(documents(section, 0, lambda _: True), count):
             digest = chained(digest, text)
         return digest
@@ -250,12 +285,18 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def pinned(section: TextSection) -> TextSection:
-    """Return the text section with its dataset's current commit, so that all documents are read from one revision."""
+    """Return the text section with its datasets' current commits, so that all documents are read from one revision."""
+    if section.source == "mix":
+        return section.model_copy(update={"mix": tuple(_pinned_source(part) for part in section.mix)})
+    return _pinned_source(section)
+
+
+def _pinned_source(section: AnySource) -> AnySource:
     commit = dataset_commit(section)
     return section if commit is None else section.model_copy(update={"dataset_revision": commit})
 
 
-def dataset_commit(section: TextSection) -> str | None:
+def dataset_commit(section: TextSource) -> str | None:
     """Return the current commit of a Hugging Face dataset; ``None`` for other texts, or if the Hub gives none."""
     if section.source != "hub" or Path(str(section.dataset)).exists():
         return None
@@ -294,6 +335,12 @@ def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> l
             "tokenizer: it changed, in how it cuts text or in its special tokens "
             f"(sha256 {_short(recorded['tokenizer'])} then, {_short(current['tokenizer'])} now)"
         )
+    templates = recorded.get("chat_template"), current.get("chat_template")
+    if (recorded.get("text") or {}).get("chat_template") and templates[0] and templates[0] != templates[1]:
+        found.append(
+            "tokenizer: its chat template, which the text is read with, changed "
+            f"(sha256 {_short(templates[0])} then, {_short(templates[1] or 'none')} now)"
+        )
     return found
 
 
@@ -314,7 +361,8 @@ def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str
             f"text: {section.dataset} is at commit {commit}, it was at {before['commit']}. Set text.dataset_revision: "
             f"{before['commit']} for the old one"
         ]
-    if not before.get("documents") or (section.source == "hub" and not _text_files(section)):
+    remote = any(source.source == "hub" and not Path(str(source.dataset)).is_dir() for source in _sources(section))
+    if not before.get("documents") or remote:
         return None
     try:
         now = text_record(section, before["documents"])
@@ -324,7 +372,8 @@ def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str
         return None
     if now["sha256"] == before["sha256"]:
         return []
-    where = "the embedded corpus" if section.source == "embedded" else ", ".join(section.files) or str(section.dataset)
+    named = section.mix or (section,)
+    where = ", ".join("the embedded corpus" if each.source == "embedded" else part_names([each])[0] for each in named)
     return [
         f"text: the first {before['documents']:,} documents of {where} changed "
         f"(sha256 {_short(before['sha256'])} then, {_short(now['sha256'])} now)"

@@ -200,7 +200,11 @@ def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
         **({"hook": section.hook} if section.kind == "sae" else {}),
         **hooks,
         "text": resolved["text"],
-        "harvest": {key: resolved["harvest"][key] for key in ("dtype", "heldout", "exclude_special", "exclude_leading")},
+        "harvest": {
+            key: resolved["harvest"][key]
+            for key in ("dtype", "heldout", "exclude_special", "exclude_leading", "exclude")
+            if key != "exclude" or recipe.harvest.exclude.given
+        },
         "recipe": resolved,
         "sparsary_version": own_version(),
         "git_commit": git_commit(),

@@ -19,8 +19,9 @@ from .mlp_start import mlp_source
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
 from .recipe.schema import MLP_START
-from .recipe.validation import unharvested, with_budget
+from .recipe.validation import theirs, unharvested, with_budget
 from .start_source import StartSource, read_start, with_start
+from .transformer_lens_hooks import hooks_named, with_module_hooks
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.
@@ -174,10 +175,14 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
     sections: list[DictionarySection] = []
     problems: dict[str, list[str]] = {}
     sources: list[StartSource | None] = []
-    for recipe in recipes:
+    recipes = list(recipes)
+    for number, recipe in enumerate(recipes):
         section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model, model))
         source = None
         try:
+            if any(theirs(hook) for hook in hooks_named(recipe)):
+                recipe = recipes[number] = with_module_hooks(recipe, outline.model)
+                section = recipe.dictionary
             if not section.resolved:
                 section = _named(section, outline.model)
             section, source = with_start(recipe.model_copy(update={"dictionary": section}), _reader(outline))

@@ -112,7 +112,8 @@ def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStor
 def train(
     recipe: RecipeSource,
     activations: Activations | None = None,
-    model: LanguageModel | None = None,
+    model: LanguageModel | Any = None,
+    tokenizer: Any = None,
     **overrides: RecipeValue,
 ) -> Path:
     """Train the dictionary of a recipe, or resume its training, and return the checkpoint's directory.
@@ -130,7 +131,9 @@ def train(
     Args:
         recipe: YAML file, or the same keys as a mapping.
         activations: Activations to train on in place of a language model's; see ``train_all``. No hook needs to be named.
-        model: Language model in memory, in place of the one that the recipe names.
+        model: Language model in memory, in place of the one that the recipe names: a ``LanguageModel``, a module of
+            transformers, or a wrapper of one (PEFT, nnsight). The checkpoint names it by its weights.
+        tokenizer: Tokenizer of a model object, if it has none itself.
         overrides: Recipe keys to change. Nested keys have double underscores in place of dots, or are passed as
             ``**{"dotted.key": value}``.
 
@@ -142,8 +145,10 @@ def train(
         raise ValueError("model: expected none with activations, which take its place. Leave one of them out.")
     changed = _dotted(overrides)
     if model is not None:
-        # What the checkpoint says of its model; one that was not loaded is known by its name alone.
-        changed["model"] = {"id": model.id} if model.section is None else model.section.model_dump(mode="json")
+        model = model if isinstance(model, LanguageModel) else LanguageModel.from_pretrained(model, tokenizer)
+        model = model.named_by_weights()
+        # What the checkpoint says of its model.
+        changed["model"] = model.as_section()
     values = read_values(recipe, changed)
     section = values.get("dictionary")
     if activations is not None and isinstance(section, dict) and not section.keys() & NAMES_OF_HOOKS:

@@ -1,26 +1,24 @@
-"""Text loading: documents of the embedded corpus, files or Hugging Face datasets, tokenized and packed into contexts.
+"""Text loading: documents of the embedded corpus, files, Hugging Face datasets or a mix, tokenized and packed into contexts.
 
 Documents are numbered in reading order. The number alone decides whether a document is held out, so the same text is always
 split the same way.
 """
 
-import codecs
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .bad_rows import BadTexts
+from .chats import NO_ROLE
+from .documents import SourceDocument
 from .embedded import corpus
-from .recipe import TextSection
-
-TOKENIZE_AT_ONCE = 256
-
-Reader = Callable[[Path, TextSection, BadTexts], Iterator[str]]
+from .mix import mixed_documents
+from .recipe import TextSection, TextSource
+from .text_files import file_documents, hub_documents
+from .tokens import TOKENIZE_AT_ONCE, Tokenization, beginning_roles, padding_id
 
 
 class Cursor(NamedTuple):
@@ -35,13 +33,14 @@ class Context:
     """One input of the language model, with the document and position of every token.
 
     BOS belongs to the document that follows it, at position -1. Padding has document -1 and position -1. ``cursor`` is the
-    start of the next context.
+    start of the next context. ``roles`` numbers the tokens' roles in ``ROLES``, ``NO_ROLE`` outside of chats; None without any.
     """
 
     token_ids: np.ndarray  # (context_length,) int32
     document_ids: np.ndarray  # (context_length,) int32
     positions: np.ndarray  # (context_length,) int32
     cursor: Cursor
+    roles: np.ndarray | None = None  # (context_length,) int8
 
 
 def is_heldout(document: int, share: float) -> bool:
@@ -104,26 +103,10 @@ def packed(
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
     pad_id = padding_id(tokenizer)
-    tokenized = tokenize(numbered, tokenizer, at_once)
+    tokenized = Tokenization(section, tokenizer).of(numbered, at_once)
     return pack(
         tokenized, section.context_length, bos_id, section.bos, offset, pad_id if section.packing == "separate" else None
     )
-
-
-def padding_id(tokenizer: Any) -> int:
-    """Return the token id that pads incomplete contexts."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    return next((token for token in known if token is not None), 0)
-
-
-def tokenize(
-    numbered: Iterable[tuple[int, str]], tokenizer: Any, at_once: int = TOKENIZE_AT_ONCE
-) -> Iterator[tuple[int, list[int]]]:
-    """Yield the token ids of every document, without special tokens."""
-    iterator = iter(numbered)
-    while batch := list(itertools.islice(iterator, at_once)):
-        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        yield from zip((number for number, _ in batch), encoded, strict=True)
 
 
 def documents(
@@ -152,7 +135,11 @@ def documents(
         return
     bad = BadTexts(section) if bad is None else bad
     bad.begin()
-    texts = _hub_documents(section, bad) if section.source == "hub" else _all_files(section, bad)
+    texts = (
+        mixed_documents(section.mix, lambda part: _sources_documents(part, bad))
+        if section.source == "mix"
+        else _sources_documents(section, bad)
+    )
     for number, text in enumerate(text for text in texts if text.strip()):
         bad.documents = number + 1
         if reading is not None:
@@ -216,151 +203,19 @@ def require_text(section: TextSection) -> None:
         next(documents(section, 0, lambda _: True), None)
 
 
-def _all_files(section: TextSection, bad: BadTexts) -> Iterator[str]:
-    readers = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
-    # All files before the first is read: reading may take hours.
-    for path in map(Path, section.files):
-        if path.suffix not in readers:
-            raise ValueError(f"text.files: expected {', '.join(readers)}, got {path}.")
-        if not path.is_file():
-            raise ValueError(f"text.files: {path} does not exist. Give an existing path, or set text.source: embedded.")
-    for path in map(Path, section.files):
-        yield from _file_documents(path, section, bad, readers)
-
-
-def _file_documents(path: Path, section: TextSection, bad: BadTexts, readers: Mapping[str, Reader]) -> Iterator[str]:
-    try:
-        yield from readers[path.suffix](path, section, bad)
-    except OSError as error:
-        raise ValueError(f"text.files: {path} could not be read ({error.strerror or error}).") from None
-
-
-def _opened(path: Path) -> TextIO:
-    """Open a text file in the encoding of its byte-order mark, else as UTF-8, where other bytes become surrogates."""
-    with path.open("rb") as handle:
-        head = handle.read(4)
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return path.open(encoding="utf-32", errors="replace")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return path.open(encoding="utf-16", errors="replace")
-    return path.open(encoding="utf-8-sig", errors="surrogateescape")
-
-
-def _txt_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
-    pending, line, lines = "", 1, section.separator.count("\n")
-    with _opened(path) as handle:
-        while chunk := handle.read(1 << 20):
-            *whole, pending = (pending + chunk).split(section.separator)
-            for text in whole:
-                yield bad.clean(text, f"{path}:{line}")
-                line += text.count("\n") + lines
-    yield bad.clean(pending, f"{path}:{line}")
-
-
-def _jsonl_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
-    with _opened(path) as handle:
-        for number, line in enumerate(handle, start=1):
-            # Blank lines are common in concatenated files.
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict) and section.column in row:
-                yield from _texts(row[section.column], f"{path}:{number}", bad)
-            else:
-                what = f"lines that are no JSON object with the key {section.column!r}"
-                where = f"{path}:{number}: expected a JSON object with the key {section.column!r}"
-                bad.skip(what, where, "Set text.column to the key that holds the text.")
-
-
-def _parquet_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
-    # Imported lazily: it is slow, and other files do not need it. `datasets` is not used, because it decodes every column and
-    # stops at the first row that is not UTF-8.
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            if section.column not in file.schema_arrow.names:
-                raise _no_column(section, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(columns=[section.column]):
-                values = batch.column(0)
-                if pa.types.is_dictionary(values.type):
-                    values = values.dictionary_decode()
-                if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-                    # As bytes, so that a value that is not UTF-8 affects its own row only.
-                    values = values.cast(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
-                for value in values.to_pylist():
-                    yield from _texts(value, f"{path}: row {row}", bad)
-                    row += 1
-    except pa.ArrowException as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path}: row {row}: expected a parquet file, got a damaged one ({reason}). Get the file again; what was harvested "
-            "is kept."
-        ) from None
-
-
-def _hub_documents(section: TextSection, bad: BadTexts) -> Iterator[str]:
-    dataset = _load_dataset(
-        section.dataset, section.dataset_config, split=section.dataset_split, revision=section.dataset_revision
-    )
-    rows, number = iter(dataset), 0
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as error:  # noqa: BLE001
-            # Broken connections and damaged datasets raise different errors in every library involved.
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise ValueError(
-                f"{section.dataset}: row {number} could not be read ({reason}). What was harvested or saved is kept; the same "
-                "command continues."
-            ) from None
-        if row is None:
-            return
-        if section.column not in row:
-            raise _no_column(section, row, str(section.dataset))
-        yield from _texts(row[section.column], f"{section.dataset}: row {number}", bad)
-        number += 1
-
-
-def _load_dataset(*arguments: Any, **options: Any) -> Any:
-    # Imported lazily: it takes a second, and the embedded corpus does not need it.
-    import datasets
-
-    try:
-        # A dataset's own code would run here; no version of `datasets` may do that.
-        return datasets.load_dataset(*arguments, streaming=True, trust_remote_code=False, **options)
-    except Exception as error:  # noqa: BLE001
-        # Whatever the Hub client raises (offline, unknown id, no access), the remedy is the same.
-        raise ValueError(
-            f"text.dataset: {arguments[0]!r} could not be downloaded from the Hugging Face Hub ({type(error).__name__}: "
-            f"{error}). Check the id and the "
-            "connection, or set text.source: files, or embedded with model.id: embedded."
-        ) from None
-
-
-def _no_column(section: TextSection, columns: Iterable[str], where: str) -> ValueError:
-    return ValueError(f"text.column: expected one of {', '.join(columns)} of {where}, got {section.column!r}.")
-
-
-def _texts(value: Any, where: str, bad: BadTexts) -> Iterator[str]:
-    """Yield the text of a row's value, or nothing if it holds none."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8-sig", "surrogateescape")
-    if isinstance(value, str):
-        yield bad.clean(value, where)
-        return
-    found = "null" if value is None else type(value).__name__
-    remedy = "Set text.column to the key that holds the text."
-    bad.skip(f"rows with {found} in place of text", f"{where}: expected text, got {found}", remedy)
+def _sources_documents(section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
+    """Yield the documents of one source."""
+    match section.source:
+        case "embedded":
+            return (SourceDocument(corpus.embedded_document(section.seed, number).text) for number in itertools.count())
+        case "hub":
+            return hub_documents(section, bad)
+        case _:
+            return file_documents(section, bad)
 
 
 def pack(
-    documents: Iterable[tuple[int, list[int]]],
+    documents: Iterable[tuple[int, Sequence[int]]],
     context_length: int,
     bos_id: int | None,
     bos: str,
@@ -376,17 +231,20 @@ def pack(
     row, number = _Row(context_length), 0
     for number, ids in documents:
         start, first_offset = first_offset, 0
+        if not ids:
+            continue
+        roles, of_bos = getattr(ids, "roles", None), beginning_roles(ids)
         if pad_id is not None and row.tokens:
             yield row.close(Cursor(number, start), pad_id)
         if bos != "none" and len(row.tokens) < context_length and start == 0:
-            row.add([bos_id], number, [-1])
+            row.add([bos_id], number, [-1], of_bos)
         while start < len(ids):
             if len(row.tokens) == context_length:
                 yield row.close(Cursor(number, start))
             if not row.tokens and (bos == "context" or (bos == "document" and start == 0)):
-                row.add([bos_id], number, [-1])
+                row.add([bos_id], number, [-1], of_bos)
             stop = min(len(ids), start + context_length - len(row.tokens))
-            row.add(ids[start:stop], number, range(start, stop))
+            row.add(ids[start:stop], number, range(start, stop), roles and roles[start:stop])
             start = stop
     if row.tokens and (pad_id is not None or len(row.tokens) == context_length):
         yield row.close(Cursor(number + 1, 0), pad_id)
@@ -403,19 +261,28 @@ class _Row:
         self.tokens: list[int] = []
         self.owners: list[int] = []
         self.positions: list[int] = []
+        self.roles: list[int] = []
+        self.has_roles = False
 
-    def add(self, ids: Iterable[Any], owner: int, positions: Iterable[int]) -> None:
+    def add(self, ids: Iterable[Any], owner: int, positions: Iterable[int], roles: Sequence[int] | None = None) -> None:
         before = len(self.tokens)
         self.tokens.extend(ids)
-        self.owners.extend([owner] * (len(self.tokens) - before))
+        added = len(self.tokens) - before
+        self.owners.extend([owner] * added)
         self.positions.extend(positions)
+        self.roles.extend([NO_ROLE] * added if roles is None else roles)
+        self.has_roles |= roles is not None
 
     def close(self, cursor: Cursor, pad_id: int | None = None) -> Context:
         missing = self.length - len(self.tokens)
         if missing:
             self.add([pad_id] * missing, -1, [-1] * missing)
         full = Context(
-            np.array(self.tokens, np.int32), np.array(self.owners, np.int32), np.array(self.positions, np.int32), cursor
+            np.array(self.tokens, np.int32),
+            np.array(self.owners, np.int32),
+            np.array(self.positions, np.int32),
+            cursor,
+            np.array(self.roles, np.int8) if self.has_roles else None,
         )
         self.clear()
         return full

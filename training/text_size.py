@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .activations.contexts import special_ids, stack_contexts
+from .activations.contexts import stack_contexts
+from .activations.exclusions import Exclusions
 from .recipe import HarvestSection, TextSection
 from .text import are_heldout, documents, is_heldout, packed
+from .text_files import COMPRESSIONS, listed_files
 
 # A longer text is read up to here, which takes a second or two, and the rest is estimated.
 MEASURED_CHARACTERS = 2_000_000
@@ -61,7 +62,8 @@ def measure_text(text: TextSection, tokenizer: Any, section: HarvestSection) -> 
     left = HUB_CHARACTERS if text.source == "hub" else MEASURED_CHARACTERS
     whole = True
     for number, words in documents(text, 0, lambda number: True):
-        read.append((number, words[:left]))
+        # Only text can be cut.
+        read.append((number, words if getattr(words, "kind", "text") != "text" else words[:left]))
         left -= len(words)
         if left <= 0:
             whole = False
@@ -75,17 +77,20 @@ def measure_text(text: TextSection, tokenizer: Any, section: HarvestSection) -> 
 
 def _kept(numbered: Iterable[tuple[int, str]], text: TextSection, tokenizer: Any, section: HarvestSection) -> tuple[int, int]:
     """Return the number of tokens that are not excluded, in training documents and in held-out ones."""
-    special, found = special_ids(tokenizer), np.zeros(2, dtype=np.int64)
+    exclusions, found = Exclusions(tokenizer, text, section), np.zeros(2, dtype=np.int64)
     for context in packed(numbered, text, tokenizer):
-        batch = stack_contexts([context], special, section)
+        batch = stack_contexts([context], exclusions)
         heldout = are_heldout(batch.document_ids, section.heldout)
         found += [(batch.kept & ~heldout).sum(), (batch.kept & heldout).sum()]
     return int(found[0]), int(found[1])
 
 
 def _share(read: list[tuple[int, str]], text: TextSection) -> float | None:
-    """Return the fraction of the files that was read. It is too small if files hold more than text."""
+    """Return the fraction of the files that was read, too small if they hold more than text; ``None`` if it is unknown."""
     if text.source != "files":
         return None
-    size = sum(Path(name).stat().st_size for name in text.files)
+    files = listed_files(text)
+    if any(path.suffix in COMPRESSIONS for path in files):
+        return None
+    size = sum(path.stat().st_size for path in files)
     return min(0.999, sum(len(words.encode()) + len(text.separator) for _, words in read) / max(size, 1))

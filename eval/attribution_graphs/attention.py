@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_scores import Place, ScoreTerm, attention_scores, source_node
+from .attention_scores import ScorePlace, ScoreTerm, attention_scores, source_node
 from .edge_heads import HeadPart, edge_heads
 from .edges import MAX_NUMBERS
 from .graph import AttributionGraph, GraphNode
@@ -30,7 +30,7 @@ class ExplainedScore:
     described by ``GraphNode``, None is the constant: they need not be among the shown nodes.
     """
 
-    place: Place
+    place: ScorePlace
     influence: float
     weight: float
     score: float
@@ -65,14 +65,14 @@ def graph_attention(
     strength = normalised_influence(graph.adjacency) * (graph.influence + graph.weights)[:, None]
     positions = [graph.node(number).position for number in targets.tolist()]
     edges: dict[tuple[int, int], CarriedEdge] = {}
-    carried: dict[Place, float] = {}
+    carried: dict[ScorePlace, float] = {}
     for row, column in pruned.edges[targets][:, sources].nonzero().tolist():
         target, source = int(targets[row]), int(sources[column])
         parts = found.parts(row, column)
         edges[target, source] = CarriedEdge(float(found.direct[row, column]), tuple(parts))
         scale = float(strength[target, source] / found.magnitudes[row, column].clamp_min(SMALLEST_SUM))
         for part in parts:
-            place = Place(part.layer, part.head, positions[row], part.key)
+            place = ScorePlace(part.layer, part.head, positions[row], part.key)
             carried[place] = carried.get(place, 0.0) + abs(part.weight) * scale
     best = sorted(carried, key=lambda place: (-carried[place], place))[:n_scores]
     total = max(float(strength[pruned.edges].sum()), SMALLEST_SUM)

@@ -26,7 +26,7 @@ from .local_replacement_model import LocalReplacement
 TOLERANCE = 0.02
 
 
-class Place(NamedTuple):
+class ScorePlace(NamedTuple):
     """One attention weight: a head's from a query position to a key position."""
 
     layer: int
@@ -51,7 +51,7 @@ class AttentionScore:
     weight.
     """
 
-    place: Place
+    place: ScorePlace
     score: float
     weight: float
     cap: float | None
@@ -97,7 +97,7 @@ def attention_scores(
         ValueError: If a place does not exist or is masked, or the model's attention weights are not a softmax of scaled
             products of queries and keys.
     """
-    found = [Place(*place) for place in places]
+    found = [ScorePlace(*place) for place in places]
     for place in found:
         _require_place(local, place)
     rules = {layer: attention_rule(local.anatomy, local.trace, layer) for layer in {place.layer for place in found}}
@@ -149,7 +149,7 @@ def _parts(
     return list(torch.cat([edges.whole(slopes), constants[:, None]], 1).split(d_head))
 
 
-def _require_place(local: LocalReplacement, place: Place) -> None:
+def _require_place(local: LocalReplacement, place: ScorePlace) -> None:
     sizes = {"layer": local.anatomy.n_layers, "head": local.anatomy.n_heads}
     sizes |= dict.fromkeys(("query", "key"), len(local.token_ids))
     for name, size in sizes.items():

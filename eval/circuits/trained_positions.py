@@ -1,12 +1,14 @@
 """Prompt positions that dictionary training excluded, and the reconstruction error on prompts."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from ...sae.metrics import RunningFvu
-from ...training.activations.contexts import special_tokens
+from ...training.activations.exclusions import Exclusions
 from ...training.activations.model import LanguageModel
+from ...training.recipe import HarvestSection, TextSection
 from ...training.shortfalls import Shortfall
 from ..result import Report
 from .compared_units import ComparedCheckpoint
@@ -66,8 +68,9 @@ def _left_out(model: LanguageModel, dictionaries: ComparedCheckpoint, pairs: Pro
     """Return a mask of positions excluded from the training of any dictionary in the checkpoint, if its files say so."""
     found = torch.zeros_like(pairs.clean, dtype=torch.bool)
     for member in dictionaries.opened.members:
-        harvest = member.provenance.get("harvest") or {}
-        found[:, : harvest.get("exclude_leading", 0)] = True
-        if harvest.get("exclude_special"):
-            found |= torch.isin(pairs.clean, torch.tensor(sorted(special_tokens(model)), dtype=pairs.clean.dtype))
+        # Keys that the files do not have left nothing out.
+        nothing = {"exclude_leading": 0, "exclude_special": False}
+        harvest = HarvestSection.model_validate(nothing | dict(member.provenance.get("harvest") or {}))
+        ids, documents = pairs.clean.numpy().copy(), np.zeros(pairs.clean.shape, np.int64)
+        found |= torch.from_numpy(Exclusions(model.tokenizer, TextSection(), harvest).dropped(ids, documents, None))
     return found

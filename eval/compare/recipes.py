@@ -244,7 +244,7 @@ def _inputs(recipe: Recipe, hook: str) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     harvest = {"store": recipe.harvest.store} | values["harvest"]
     if recipe.harvest.store is None:
-        harvest = {key: harvest[key] for key in ("heldout", "exclude_special", "exclude_leading")}
+        harvest = {key: harvest[key] for key in ("heldout", "exclude_special", "exclude_leading", "exclude")}
     sections = {"harvest": harvest, "model": values["model"], "text": values["text"]}
     inputs = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     return inputs | {f"dictionary.{hook}": ", ".join(recipe.dictionary.hooks_out), "eval_tokens": recipe.eval_tokens}

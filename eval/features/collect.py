@@ -24,6 +24,8 @@ BATCH_CONTEXTS = 32
 # Histogram bins of activations: four per octave, from 2^-16 to 2^16; values outside are counted in the outermost bins.
 BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS = 4, -16, 128
 NO_TOKEN = -1
+# Added to the mark of tokens outside the mask.
+LEFT_OUT = 32
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,20 @@ class Examples(NamedTuple):
     """Windows of text, with a latent's activation on each token.
 
     ``tokens`` and ``values`` are ``(..., width)``; beyond a context's ends tokens are -1. ``keys`` are the ranking keys, minus
-    infinity for an empty slot.
+    infinity for an empty slot. ``marks`` are ``(..., width)`` too: see ``marks_of``.
     """
 
     tokens: np.ndarray
     values: np.ndarray
     documents: np.ndarray
     keys: np.ndarray
+    marks: np.ndarray | None = None
+
+
+def marks_of(batch: ContextBatch) -> np.ndarray:
+    """Return a mark for every token: its role's number plus 1, or 0 without a role; plus ``LEFT_OUT`` if it is not kept."""
+    roles = np.zeros(batch.kept.shape, np.int8) if batch.roles is None else batch.roles + np.int8(1)
+    return (roles + np.int8(LEFT_OUT) * ~batch.kept).astype(np.int8)
 
 
 class Kept:
@@ -71,15 +80,16 @@ class Kept:
         self.documents = np.full((n, keep), -1, np.int32)
         self.tokens = np.full((n, keep, width), NO_TOKEN, np.int32)
         self.values = np.zeros((n, keep, width), np.float32)
+        self.marks = np.zeros((n, keep, width), np.int8)
 
     def offer(
         self,
         latents: np.ndarray,
         keys: np.ndarray,
         hashes: np.ndarray,
-        fetch: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
+        fetch: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
     ) -> None:
-        """Offer candidates, in any order; ``fetch`` returns tokens, values and documents of those accepted."""
+        """Offer candidates, in any order; ``fetch`` returns tokens, values, documents and marks of those accepted."""
         if not self.keep:
             return
         better = np.flatnonzero(keys > self.keys.min(1)[latents])
@@ -104,7 +114,8 @@ class Kept:
         rows, columns = touched[given_up // self.keep], given_up % self.keep
         chosen = better[taken - len(touched) * self.keep]
         self.keys[rows, columns], self.hashes[rows, columns] = keys[chosen], hashes[chosen]
-        self.tokens[rows, columns], self.values[rows, columns], self.documents[rows, columns] = fetch(chosen)
+        for array, found in zip((self.tokens, self.values, self.documents, self.marks), fetch(chosen), strict=True):
+            array[rows, columns] = found
 
     def ranked(self) -> Examples:
         """Return all kept examples, each latent's largest key first."""
@@ -113,7 +124,7 @@ class Kept:
         def arranged(array: np.ndarray) -> np.ndarray:
             return np.take_along_axis(array, order.reshape(order.shape + (1,) * (array.ndim - 2)), axis=1)
 
-        return Examples(*map(arranged, (self.tokens, self.values, self.documents, self.keys)))
+        return Examples(*map(arranged, (self.tokens, self.values, self.documents, self.keys, self.marks)))
 
 
 class TokenSample(NamedTuple):
@@ -190,6 +201,11 @@ class Collected:
     def n_latents(self) -> int:
         return len(self.firings)
 
+    @property
+    def has_roles(self) -> bool:
+        """True if tokens of chats are among the examples."""
+        return any(of.marks is not None and bool((of.marks % LEFT_OUT).any()) for of in (self.top, self.sample))
+
 
 def bin_edges() -> np.ndarray:
     """Return the ``N_BINS + 1`` edges of the histogram's bins."""
@@ -249,7 +265,7 @@ class Collector:
         """Return the statistics. Raises ``ValueError`` if there was no token."""
         if not self.tokens:
             raise ValueError("text: expected held-out tokens, got none. Raise harvest.heldout, or give longer text.")
-        tokens, _, documents, keys = self.background.ranked()
+        tokens, _, documents, keys, _ = self.background.ranked()
         there = keys[0] > -np.inf
         hashes = np.take_along_axis(self.background.hashes, np.argsort(-self.background.keys, axis=1, kind="stable"), axis=1)[0]
         fires = [self.background_fires[value] for value in hashes[there].tolist()]
@@ -286,7 +302,7 @@ class Collector:
         latents, centres = view.latents[chosen], view.places[chosen]
         hashes = view.hashes(centres)
 
-        def fetch(which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def fetch(which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             return view.windows(latents[which], centres[which])
 
         self.top.offer(latents, view.values[chosen], hashes, fetch)
@@ -313,7 +329,7 @@ class Collector:
         ordered = np.argsort(view.places, kind="stable")
         places = view.places[ordered]
 
-        def fetch(which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def fetch(which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             for index in which:
                 low, high = view.bounds(int(kept[index]))
                 here = ordered[np.searchsorted(places, low) : np.searchsorted(places, high)]
@@ -335,6 +351,7 @@ class _View:
         self.n_contexts, self.length = batch.token_ids.shape
         self._keys = latents * batch.token_ids.size + places
         self._steps = np.arange(-limits.before, limits.after + 1)
+        self._marks = marks_of(batch).ravel()
 
     def bounds(self, centre: int) -> tuple[int, int]:
         """Return the first place of a window and the place after its last."""
@@ -356,14 +373,15 @@ class _View:
         """Return a hash of each window's tokens."""
         return mixed(*self.tokens(centres).T) if len(centres) else np.zeros(0, np.int64)
 
-    def windows(self, latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the tokens around each center, the latent's values on them, and the center's document."""
+    def windows(self, latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the tokens around each center, the latent's values on them, the center's document, and the tokens' marks."""
         spots, inside = self._spots(centres)
         keys = latents[:, None] * self.batch.token_ids.size + spots
         at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
         found = inside & (self._keys[at] == keys) if len(self._keys) else np.zeros_like(inside)
         values = np.where(found, self.values[at] if len(self._keys) else 0.0, 0.0)
-        return self.tokens(centres), values.astype(np.float32), self.batch.document_ids.ravel()[centres]
+        marks = np.where(inside, self._marks[spots], 0)
+        return self.tokens(centres), values.astype(np.float32), self.batch.document_ids.ravel()[centres], marks
 
     def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the previous and the next token of each token, within the same document."""

@@ -6,7 +6,8 @@ Keys of a record, ``null`` if ``reasons`` has an entry of the same name:
 - ``max_activation``, ``mean_activation`` (over tokens on which the latent fires), in units of the dictionary's codes.
 - ``histogram``: ``counts`` of activations between adjacent ``edges``, four bins per octave, without empty bins at the ends.
 - ``top``: contexts by peak activation, strongest first, no two with equal tokens. A context has ``tokens`` (texts),
-  ``activations`` (one per token), ``peak`` (the index of its center) and ``document``.
+  ``activations`` (one per token), ``peak`` (the index of its center) and ``document``; where there are any, ``left_out`` (the
+  indices of tokens that the recipe excludes) and ``roles`` (of a chat's tokens, as pairs of a role, or null, and a count).
 - ``quantiles``: contexts drawn uniformly from all in which the latent fires, ordered by peak and cut into equal counts,
   strongest first: ``low``, ``high`` (peaks) and some ``contexts`` of each.
 - ``top_tokens``: tokens on which the latent fires, with their ``share`` of its summed activation.
@@ -21,6 +22,7 @@ Keys of a record, ``null`` if ``reasons`` has an entry of the same name:
 Numbers are rounded to five significant digits. ``features.json`` next to it holds the provenance, and medians over latents.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .collect import Collected, bin_edges
+from ...training.chats import ROLES
+from .collect import LEFT_OUT, Collected, Examples, bin_edges
 from .logit_lens import Unembedding
 from .neighbours import Neighbours, Together, TokenTable, as_matrix, nearest_latents, together, token_table
 from .predicates import Predicates, predicates
@@ -80,7 +83,7 @@ class Described:
             "max_activation": number(found.maxima[latent]) if fired else None,
             "mean_activation": number(found.sums[latent] / found.firings[latent]) if fired else None,
             "histogram": self._histogram(latent) if fired else None,
-            "top": self._contexts(found.top.tokens[latent], found.top.values[latent], found.top.documents[latent]),
+            "top": self._contexts(found.top, latent, slice(None)),
             "quantiles": self._quantiles(latent),
             "top_tokens": [
                 {"token": self.words[token], "share": number(share)}
@@ -131,12 +134,20 @@ class Described:
         edges = bin_edges()[first : last + 2]
         return {"edges": [number(edge) for edge in edges], "counts": counts[first : last + 1].tolist()}
 
-    def _contexts(self, tokens: np.ndarray, values: np.ndarray, documents: np.ndarray) -> list[dict[str, Any]]:
-        return [self._context(*example) for example in zip(tokens, values, documents.tolist(), strict=True) if example[2] >= 0]
+    def _contexts(self, of: Examples, latent: int, slots: slice | np.ndarray) -> list[dict[str, Any]]:
+        tokens, values, documents = of.tokens[latent, slots], of.values[latent, slots], of.documents[latent, slots].tolist()
+        marks = np.zeros_like(tokens) if of.marks is None else of.marks[latent, slots]
+        several = zip(tokens, values, documents, marks, strict=True)
+        return [self._context(*example) for example in several if example[2] >= 0]
 
-    def _context(self, tokens: np.ndarray, values: np.ndarray, document: int) -> dict[str, Any]:
+    def _context(self, tokens: np.ndarray, values: np.ndarray, document: int, marks: np.ndarray) -> dict[str, Any]:
         there = tokens >= 0
-        return {
+        left_out, roles = marks[there] >= LEFT_OUT, (marks[there] % LEFT_OUT).tolist()
+        masks = {"left_out": np.flatnonzero(left_out).tolist()} if left_out.any() else {}
+        if any(roles):
+            names = (None, *ROLES)
+            masks |= {"roles": [[names[role], len(list(run))] for role, run in itertools.groupby(roles)]}
+        return masks | {
             "tokens": [self.words[token] for token in tokens[there]],
             # Rounding is skipped for zeros, of which there are millions.
             "activations": [number(value) if value else 0.0 for value in values[there].tolist()],
@@ -154,7 +165,7 @@ class Described:
             {
                 "low": number(peaks[some].min()),
                 "high": number(peaks[some].max()),
-                "contexts": self._contexts(*(array[latent, drawn[np.sort(some)[:PER_QUANTILE]]] for array in sample[:3])),
+                "contexts": self._contexts(sample, latent, drawn[np.sort(some)[:PER_QUANTILE]]),
             }
             for some in slices
             if len(some)

@@ -14,13 +14,14 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.files import file_crc32, replacing, write_json
 from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.bad_rows import counted
-from ...training.recipe import ModelSection, TextSection
+from ...training.chats import template_text
+from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.shortfalls import shortfall
 from ...training.stages import stage
 from ...training.text import require_text
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, open_checkpoint, section_of_vectors
+from ..checkpoint import LoadedCheckpoint, open_checkpoint, section_of_vectors, with_model
 from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
 from ..pages.examples import RECORDS_DIGEST
@@ -84,6 +85,8 @@ def features(
     limits: Limits | None = None,
     explainer: Explainer | None = None,
     options: CheckpointOptions = NO_OPTIONS,
+    model: LanguageModel | Any = None,
+    tokenizer: Any = None,
 ) -> Features:
     """Describe every latent of a checkpoint on held-out text; write three files and return the content of ``features.json``.
 
@@ -93,6 +96,7 @@ def features(
         limits: How many contexts and tokens are kept.
         explainer: Language model that explains some latents, once everything else is written.
         options: Model, text and hooks that the checkpoint does not record.
+        model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit together.
@@ -107,7 +111,7 @@ def features(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
-    opened = open_checkpoint(checkpoint, options)
+    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
     section = section_of_vectors(opened)
     if section is not None:
         if explainer is not None:
@@ -217,8 +221,25 @@ def described_checkpoint(
         **told_shortfalls(opened.name, [provenance], lacking),
         "skipped": [counted(left_out)] if left_out else [],
         "git_commit": provenance.get("git_commit"),
+        "left_out": left_out_words(where.exclusions, text),
+        **({"chat_template": template_text(text.chat, model.tokenizer)} if collected.has_roles else {}),
     }
     return described, about
+
+
+def left_out_words(harvest: HarvestSection, text: TextSection) -> str:
+    """Return the tokens that a recipe leaves out of training and evaluation, in words."""
+    listed = harvest.exclude
+    found = [
+        "special tokens" * harvest.exclude_special,
+        f"the first {harvest.exclude_leading} positions" * bool(harvest.exclude_leading),
+        f"roles other than {', '.join(text.chat.roles)}" * bool(text.chat.roles),
+        f"roles {', '.join(listed.roles)}" * bool(listed.roles),
+        f"tokens {', '.join(map(repr, listed.tokens))}" * bool(listed.tokens),
+        f"positions {', '.join(map(str, listed.positions))}" * bool(listed.positions),
+        f"norms above {listed.norm_above:g} times the median" if listed.norm_above is not None else "",
+    ]
+    return "; ".join(filter(None, found)) or "none"
 
 
 def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Features:

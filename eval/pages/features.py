@@ -65,6 +65,8 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             **({"doubts": "; ".join(about["doubts"])} if about.get("doubts") else {}),
         },
         scores=SCORES,
+        left_out=about.get("left_out"),
+        chat_template=about.get("chat_template"),
         settings={"chunk": CHUNK_LATENTS, "gapped": not words.spaced, "definitions": DEFINITIONS},
         packed={"index": _packed(index), "words": _packed(list(words.numbers))}
         | {f"chunk-{number}": chunk for number, chunk in enumerate(chunks)},
@@ -107,7 +109,9 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
         for place, value in enumerate(example["activations"]):
             if value > 0:
                 shades += [place, max(1, round(SHADES * min(1.0, value / top)))]
-        return [[words(token) for token in example["tokens"]], shades, example["peak"], example["document"]]
+        shown = [[words(token) for token in example["tokens"]], shades, example["peak"], example["document"]]
+        masks = [example.get("left_out", []), example.get("roles", [])]
+        return shown + (masks if any(masks) else [])
 
     logits = record["logits"]
     return {

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...sae.files import file_crc32, write_json, write_text
 from ...sae.suggestions import require_choice
-from ...training.activations.model import load_model
+from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import open_checkpoint
+from ..checkpoint import open_checkpoint, with_model
 from ..pages.render import FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
@@ -66,6 +66,8 @@ def probe(
     tokens: int | None = None,
     seed: int = 0,
     options: CheckpointOptions = NO_OPTIONS,
+    model: LanguageModel | Any = None,
+    tokenizer: Any = None,
 ) -> ProbingResults:
     """Run probing tasks on a checkpoint; write ``probing.json``, ``probing.html`` and one result file per task.
 
@@ -74,6 +76,7 @@ def probe(
         labels: JSONL file of labelled text for the last four tasks, instead of the embedded corpus.
         out: Output folder. Default: ``CHECKPOINT/probing``.
         tokens: Number of tokens for ``factors`` and ``absorption``, instead of their defaults.
+        model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
 
     Raises:
         ValueError: If a task is unknown, or a requested task cannot run on this checkpoint or text.
@@ -85,7 +88,7 @@ def probe(
     """
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
-    opened = open_checkpoint(checkpoint, options)
+    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
     dictionary, source = probe_source(opened)
     if tasks and not factors_known(source):
         # Before the model, which takes longer.

@@ -19,6 +19,7 @@ from ...sae.checkpoint_files import CONFIG_FILE
 from ...sae.files import write_json
 from ...sae.rows import as_rows
 from ...sae.training_usage import TrainingUsage
+from ...training.activations.model import LanguageModel
 from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.activations.vector_files import VectorFiles, vector_problems
 from ...training.bad_rows import counted
@@ -27,7 +28,7 @@ from ...training.report import METRICS_FILE, check_log
 from ...training.stages import StageProgress, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, section_of_vectors, with_grids_members
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, section_of_vectors, with_grids_members, with_model
 from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -59,6 +60,8 @@ def evaluate(
     cache: bool = True,
     options: CheckpointOptions = NO_OPTIONS,
     metric_options: MetricOptions | None = None,
+    model: LanguageModel | Any = None,
+    tokenizer: Any = None,
 ) -> Report:
     """Evaluate a dictionary; write ``report.json`` and ``report.html``, and return the report.
 
@@ -84,11 +87,14 @@ def evaluate(
         cache: Reuse results of the same weights on the same text from ``eval_cache``.
         options: Facts that the checkpoint's files leave open.
         metric_options: Arguments of the metrics, by their names.
+        model: Language model in memory, in place of the one that the checkpoint names, as in ``train``. Other weights than
+            those of training are a doubt in the report.
+        tokenizer: Tokenizer of a model object, if it has none itself.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit each other.
     """
-    opened = open_checkpoint(checkpoint, options)
+    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
     if opened.in_place_together and (activations is not None or selection != DEFAULT_INFERENCE):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:

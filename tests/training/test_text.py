@@ -108,7 +108,7 @@ def test_a_txt_separator_may_be_chosen_and_may_straddle_reads(tmp_path, embedded
     ("name", "content", "message"),
     [
         ("gone.txt", None, r"gone\.txt does not exist.*embedded"),
-        ("x.csv", "a", r"expected \.txt, \.jsonl, \.parquet, got .*x\.csv"),
+        ("x.csv", "a", r"expected \.txt, \.json, \.jsonl, \.parquet, got .*x\.csv"),
         ("x.jsonl", '{"body": "x"}\n', r"x\.jsonl:1: expected a JSON object with the key 'text'.*text\.column"),
         ("x.jsonl", '{"text": 3}\n', r"x\.jsonl:1: expected text, got int"),
         ("x.jsonl", "nonsense\n", r"x\.jsonl:1: expected a JSON object with the key 'text'"),

@@ -14,7 +14,7 @@ from ...sae.metrics import Moments
 from ..bad_rows import NOT_FINITE, BadTokens
 from ..content import Content, TextDigest
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
-from .contexts import ContextBatch, Origin, special_tokens, stack_contexts
+from .contexts import ContextBatch, Origin, context_masks
 from .harvested_rows import BadCount, counts_of_all
 from .live import LiveStream, require_tokens
 from .routes import routes
@@ -39,7 +39,7 @@ class ContextStream(ActivationStream):
         super().__init__(rows.batch_tokens, rows.part)
         self.rows, self.mesh, self.reads_ahead = rows, rows.mesh, rows.reads_ahead
         self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
-        self._special = special_tokens(self.model)
+        self._masks = context_masks(self.model, self.text, self.section)
         # Separate from the digest of `rows`, from which only samples are drawn.
         self._digest = TextDigest(self.text)
         # Batch number -> cursor in the text where it begins.
@@ -98,7 +98,7 @@ class ContextStream(ActivationStream):
 
     def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
         """Return the contexts as a batch in which held-out documents are not kept."""
-        batch = stack_contexts(pieces, self._special, self.section)
+        batch = self._masks.batch(pieces)
         return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
 
     def _batch(self, pieces: list[Context], tokens: BadTokens) -> tuple[ActivationBatch | None, list[Context]]:

@@ -3,9 +3,10 @@
 Harvests, live streams, evaluations on held-out text and latent probing all read their text through this module.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,11 +15,17 @@ from torch import Tensor
 
 from ...sae.ranks import Ranks
 from ..bad_rows import BadTexts, BadTokens
+from ..chats import NO_ROLE
 from ..recipe import HarvestSection, TextSection
-from ..text import BEGINNING, TOKENIZE_AT_ONCE, Context, Cursor, Documents, contexts, packed
+from ..text import BEGINNING, Context, Cursor, Documents, contexts, packed
+from ..tokens import TOKENIZE_AT_ONCE
+from .exclusions import Exclusions
 from .hooked_model import embedding_rows
 from .model import LanguageModel
 from .routes import Routes
+
+# Contexts at the beginning of a text that the median norm of `harvest.exclude.norm_above` is taken over.
+NORM_CONTEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Origin:
 class ContextBatch:
     """Batch of contexts on the host; ``kept`` masks the tokens that are not excluded.
 
-    ``positions`` are positions in the document, -1 at BOS and padding. ``cursor`` is where the next context begins.
+    ``positions`` are positions in the document, -1 at BOS and padding. ``cursor`` is where the next context begins. ``roles``
+    numbers the tokens' roles in ``ROLES``; None if there are no chats among the documents.
     """
 
     token_ids: Int[np.ndarray, "contexts positions"]
@@ -49,6 +57,7 @@ class ContextBatch:
     positions: Int[np.ndarray, "contexts positions"]
     kept: Bool[np.ndarray, "contexts positions"]
     cursor: Cursor
+    roles: Int[np.ndarray, "contexts positions"] | None = None
 
     @property
     def documents(self) -> set[int]:
@@ -67,7 +76,8 @@ class ContextBatch:
         )
         if not len(token_ids):
             return replace(self.some(slice(1)), kept=np.zeros_like(self.kept[:1]))
-        return ContextBatch(token_ids, document_ids, positions, kept, self.cursor)
+        roles = None if self.roles is None else self.roles[contexts]
+        return ContextBatch(token_ids, document_ids, positions, kept, self.cursor, roles)
 
     def on(self, device: torch.device) -> Origin:
         """Return the token ids and masks on a device."""
@@ -123,11 +133,14 @@ def context_batches(
         ValueError: If the text cannot be read, or contains a token that the model has no embedding for.
     """
     read = contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading)
-    return batched(read, model, section, size)
+    return batched(read, context_masks(model, text, section), size)
 
 
 def own_contexts(batches: Sequence[ContextBatch], ranks: Ranks, size: int) -> list[ContextBatch]:
-    """Return this rank's part of the contexts of some batches, in batches of ``size``: one of equal, consecutive parts."""
+    """Return this rank's part of the contexts of some batches, in batches of ``size``: one of equal, consecutive parts.
+
+    Without the tokens' roles, which nobody asks for behind the masks.
+    """
     if ranks.size == 1:
         return list(batches)
     names = ("token_ids", "document_ids", "positions", "kept")
@@ -138,18 +151,14 @@ def own_contexts(batches: Sequence[ContextBatch], ranks: Ranks, size: int) -> li
     return [whole.some(slice(i, min(i + size, last))) for i in range(first, max(last, first + 1), size)]
 
 
-def batched(
-    read: Iterable[Context],
-    model: LanguageModel,
-    section: HarvestSection,
-    size: int,
-) -> Iterator[ContextBatch]:
+def batched(read: Iterable[Context], masks: "ContextMasks", size: int) -> Iterator[ContextBatch]:
     """Yield contexts in batches of ``size``; the last batch may be smaller.
 
     Raises:
         ValueError: If they contain a token that the model has no embedding for.
     """
-    special, rows = special_tokens(model), embedding_rows(model.module)
+    model = masks.model
+    rows = embedding_rows(model.module)
     pending: list[Context] = []
     for context in read:
         if rows is not None and context.token_ids.max() >= rows:
@@ -160,10 +169,10 @@ def batched(
             )
         pending.append(context)
         if len(pending) == size:
-            yield stack_contexts(pending, special, section)
+            yield masks.batch(pending)
             pending = []
     if pending:
-        yield stack_contexts(pending, special, section)
+        yield masks.batch(pending)
 
 
 class ContextReader:
@@ -187,6 +196,7 @@ class ContextReader:
         at_once: int = TOKENIZE_AT_ONCE,
     ):
         self.model, self.text, self.section, self.at_once = model, text, section, at_once
+        self._masks = context_masks(model, text, section)
         self._documents = Documents(text, start.document, bad, reading)
         self._place: Cursor | None = None
         self._batches: Iterator[ContextBatch] = iter(())
@@ -197,35 +207,65 @@ class ContextReader:
         if start != self._place:
             numbered = self._documents.since(start.document)
             read = packed(numbered, self.text, self.model.tokenizer, start.offset, self.at_once)
-            self._batches = batched(read, self.model, self.section, self.section.batch_contexts)
+            self._batches = batched(read, self._masks, self.section.batch_contexts)
         for batch in self._batches:
             self._place = batch.cursor
             yield batch
 
 
-def special_tokens(model: LanguageModel) -> frozenset[int]:
-    """Return the ids of BOS, EOS, padding and all other special tokens of the model's tokenizer."""
-    return special_ids(model.tokenizer)
+class ContextMasks:
+    """Batches of contexts of a text with the masks of the tokens that are kept, by norm too if the recipe says so.
 
-
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of all special tokens of a tokenizer."""
-    return frozenset(tokenizer.all_special_ids)
-
-
-def stack_contexts(batch: Sequence[Context], special: frozenset[int], section: HarvestSection) -> ContextBatch:
-    """Stack contexts into one batch and mask the tokens that ``section`` excludes.
-
-    Padding, special tokens and leading positions are excluded; if gradients are stored, the last position too.
+    Args:
+        model: Model that the norms are those of.
     """
+
+    def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection):
+        self.model, self.text, self.section = model, text, section
+        self.exclusions = Exclusions(model.tokenizer, text, section)
+
+    @cached_property
+    def largest_norms(self) -> dict[str, float]:
+        """Largest norm of the tokens that are kept, by hook; empty without ``norm_above``."""
+        above = self.section.exclude.norm_above
+        if above is None:
+            return {}
+        norms: dict[str, list[Tensor]] = {hook: [] for hook in self.section.hooks}
+        first = itertools.islice(contexts(self.text, self.model.tokenizer), NORM_CONTEXTS)
+        while some := list(itertools.islice(first, self.section.batch_contexts)):
+            for hook, x in stack_contexts(some, self.exclusions).kept_activations(self.model, self.section.hooks).items():
+                norms[hook].append(x.norm(dim=-1))
+        if not any(len(each) for each in norms[self.section.hooks[0]]):
+            return {}
+        return {hook: above * float(torch.cat(each).nanmedian()) for hook, each in norms.items()}
+
+    def batch(self, several: Sequence[Context]) -> ContextBatch:
+        """Stack contexts into one batch and mask the tokens that the recipe excludes."""
+        found = stack_contexts(several, self.exclusions)
+        if not self.largest_norms or not found.kept.any():
+            return found
+        rows = found.kept_activations(self.model, self.section.hooks)
+        # Norms that are not a number are no reason here: such tokens are counted where their activations are used.
+        large = torch.stack([x.norm(dim=-1) > self.largest_norms[hook] for hook, x in rows.items()]).any(0).cpu().numpy()
+        kept = found.kept.copy()
+        kept[kept] = ~large
+        return replace(found, kept=kept)
+
+
+def context_masks(model: LanguageModel, text: TextSection, section: HarvestSection) -> ContextMasks:
+    """Return the masks of a text's tokens, and set the model to see documents as the text is packed."""
+    model.mask_documents(model.tokenizer.bos_token_id if text.packing == "pack_masked" else None)
+    return ContextMasks(model, text, section)
+
+
+def stack_contexts(batch: Sequence[Context], exclusions: Exclusions) -> ContextBatch:
+    """Stack contexts into one batch and mask the tokens that are excluded whatever their activations are."""
     token_ids, document_ids, positions = (
         np.stack([getattr(context, name) for context in batch]) for name in ("token_ids", "document_ids", "positions")
     )
-    drop = document_ids < 0
-    if section.exclude_special:
-        drop |= np.isin(token_ids, list(special))
-    drop[:, : section.exclude_leading] = True
-    if section.gradients:
-        # The last position predicts no token, so its gradient has another meaning.
-        drop[:, -1] = True
-    return ContextBatch(token_ids, document_ids, positions, ~drop, batch[-1].cursor)
+    roles = None
+    if any(context.roles is not None for context in batch):
+        none = np.full(token_ids.shape[1], NO_ROLE, np.int8)
+        roles = np.stack([none if context.roles is None else context.roles for context in batch])
+    kept = ~exclusions.dropped(token_ids, document_ids, roles)
+    return ContextBatch(token_ids, document_ids, positions, kept, batch[-1].cursor, roles)

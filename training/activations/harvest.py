@@ -19,14 +19,15 @@ from ..locks import locked
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..signals import StopRequest
 from ..stages import stage
-from ..text import TOKENIZE_AT_ONCE, Cursor
+from ..text import Cursor
+from ..tokens import TOKENIZE_AT_ONCE, tokenizer_digest
 from ..watch import Watch
 from .buffer_pool import Memory
-from .contexts import ContextReader
+from .contexts import ContextReader, context_masks
 from .harvest_units import Turn, Unit, UnitQueue
 from .harvested_rows import LARGEST, rows_of, usable_rows
 from .manifest import FORMAT, FORMAT_VERSION, MANIFEST_FILE, write_manifest
-from .model import LanguageModel, tokenizer_digest
+from .model import LanguageModel
 from .shards import GRADIENT_KIND, ActivationStore
 from .store_writer import SHARED_SECONDS, Progress, StoreWriter, UnitRecord
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 # Documents tokenized together by one of several ranks: those behind its unit are another rank's, which tokenizes them again.
 TOKENIZE_AT_ONCE_IN_TURN = 32
+TEXT_DEFAULTS = TextSection().model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
 def _nested(values: Any, path: tuple[str, ...]) -> Any:
     for part in path:
         # A key added after the store was made had its default value.
-        default = TextSection.model_fields[part].default if path == ("text", part) else None
+        default = TEXT_DEFAULTS[part] if path == ("text", part) else None
         values = values.get(part, default) if isinstance(values, dict) else None
     return values
 
@@ -113,6 +115,7 @@ def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSect
         ("gradients",): GRADIENT_KIND if section.gradients else None,
         ("exclude", "special"): section.exclude_special,
         ("exclude", "leading"): section.exclude_leading,
+        **{("exclude", key): value or None for key, value in section.exclude.model_dump(mode="json").items()},
         ("heldout",): section.heldout,
     }
     return Identity(entries, section.hooks)
@@ -280,6 +283,13 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
     return store
 
 
+def _excluded(model: LanguageModel, text: TextSection, section: HarvestSection) -> dict[str, Any]:
+    """Return the further exclusions of a recipe, with the largest norm that is kept at every hook."""
+    found = {key: value for key, value in section.exclude.model_dump(mode="json").items() if value}
+    largest = context_masks(model, text, section).largest_norms
+    return found | ({"largest_norms": largest} if largest else {})
+
+
 def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSection) -> dict[str, Any]:
     statistics = {"count": 0, "mean": [], "deviation": [], "rounding_fvu": 0.0}
     return {
@@ -292,7 +302,7 @@ def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSecti
         "dtype": section.dtype,
         "block": section.block,
         "gradients": GRADIENT_KIND if section.gradients else None,
-        "exclude": {"special": section.exclude_special, "leading": section.exclude_leading},
+        "exclude": {"special": section.exclude_special, "leading": section.exclude_leading} | _excluded(model, text, section),
         "heldout": section.heldout,
         "hooks": {hook: {"width": width, **statistics} for hook, width in model.widths(section.hooks).items()},
         "complete": False,

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
+from .document_masks import DocumentMasks, Pass
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 from .placement import input_device, is_spread, on_device
 
@@ -32,6 +33,14 @@ class HookedModel:
         # Hooks affect every thread that runs the module, so only one may at a time.
         self._lock = threading.RLock()
         self._layout = PassLayout()
+        self._documents: DocumentMasks | None = None
+
+    def mask_documents(self, bos_id: int | None) -> None:
+        """Let no token attend to another document from here on; every ``bos_id`` begins one. None: all of a context is seen."""
+        if bos_id is None:
+            self._documents = None
+        elif self._documents is None or self._documents.bos_id != bos_id:
+            self._documents = DocumentMasks(self.module, self.id, bos_id, embedding_rows(self.module) or bos_id + 1)
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +57,6 @@ class HookedModel:
         token_ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
         return {hook: x.shape[-1] for hook, x in self.activations(token_ids, hooks).items()}
 
-    @torch.no_grad()
     def activations(
         self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...], /
     ) -> dict[str, Float[Tensor, "contexts positions width"]]:
@@ -56,6 +64,20 @@ class HookedModel:
 
         For a module that runs several times in a pass (shared by layers) it is the tensor of the first run.
         """
+
+        def run(some: Tensor, more: Mapping[str, Any]) -> list[Tensor]:
+            return list(self._activations(some, hooks, more).values())
+
+        return self._activations(token_ids, hooks, self._apart(token_ids, hooks, run))
+
+    def _apart(self, token_ids: Tensor, kind: Any, run: Pass) -> dict[str, Tensor]:
+        """Return the arguments of a pass that keep documents apart, if they are to be."""
+        return {} if self._documents is None else self._documents.arguments(token_ids, kind, run)
+
+    @torch.no_grad()
+    def _activations(
+        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...], more: Mapping[str, Any]
+    ) -> dict[str, Float[Tensor, "contexts positions width"]]:
         seen: dict[str, Tensor] = {}
 
         def keep(hook: str) -> Callable[[Tensor], None]:
@@ -73,7 +95,7 @@ class HookedModel:
         with self.hooked({hook: keep(hook) for hook in hooks}), suppress(EnoughSeen):
             # On the meta device there are no values in which a model could look for padding.
             mask = {"attention_mask": torch.ones_like(token_ids)} if token_ids.is_meta else {}
-            self.module(input_ids=token_ids, use_cache=False, **mask)
+            self.module(input_ids=token_ids, use_cache=False, **mask, **more)
         return self._in_order(seen, hooks)
 
     def activations_and_gradients(
@@ -118,9 +140,10 @@ class HookedModel:
 
             return reader
 
+        more = self._apart(token_ids, "logits", self._logits_of)
         unembedding = UnembeddingInput(self.module)
         with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}), unembedding.watched():
-            logits = self.module(input_ids=token_ids, use_cache=False).logits.to(token_ids.device)
+            logits = self._logits_of(token_ids, more)[0]
             losses = next_token_loss(logits, token_ids)
             found = list(seen.values())
             gradients = document_gradients(losses, unembedding.local(logits, found), found, numbers)
@@ -131,7 +154,10 @@ class HookedModel:
         """Return the logits; gradients flow to tensors that hooks put in."""
         # Under the lock, because another thread's hooks would see this pass too.
         with self._lock:
-            return self.module(input_ids=token_ids, use_cache=False).logits.to(token_ids.device)
+            return self._logits_of(token_ids, self._apart(token_ids, "logits", self._logits_of))[0]
+
+    def _logits_of(self, token_ids: Tensor, more: Mapping[str, Any]) -> list[Tensor]:
+        return [self.module(input_ids=token_ids, use_cache=False, **more).logits.to(token_ids.device)]
 
     @torch.no_grad()
     def logits(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:

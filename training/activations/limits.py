@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..recipe import TextSection
-from ..text import padding_id
+from ..tokens import padding_id
 from .hidden_states import HookError
 from .hooked_model import embedding_rows
 from .model import LanguageModel

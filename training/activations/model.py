@@ -1,6 +1,5 @@
 """Language models: loading, and what one asks them about a text. The only file that imports transformers."""
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from jaxtyping import Int
@@ -18,7 +17,9 @@ from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder, remembered
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
+from ..tokens import tokenizer_contents
 from .hooked_model import HookedModel, next_token_loss
+from .memory_models import beneath, held, hold, parameters_digest
 from .partial_model import class_without, unneeded_modules
 from .placement import quantization_options
 from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
@@ -59,15 +60,16 @@ class LanguageModel(HookedModel):
     def content(self) -> Content:
         """Return identifiers of model and tokenizer: file digests or commit, or a digest of the parameters if not loaded."""
         if self.section is None:
-            model = {"parameters": _parameters_digest(self.module)}
+            known = held(self.id)
+            model = {"parameters": parameters_digest(self.module) if known is None else known.parameters}
         else:
             model = _source_content(self.section, self.revision)
-        return {"model": model, "tokenizer": None if self.tokenizer is None else tokenizer_content(self.tokenizer)}
+        return {"model": model} | tokenizer_contents(self.tokenizer)
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module | Any,
         tokenizer: Any = None,
         *,
         device: str = "auto",
@@ -84,20 +86,32 @@ class LanguageModel(HookedModel):
         (7, 128)
 
         Args:
-            model: A Hugging Face id, a directory, or a module of transformers.
-            tokenizer: The tokenizer, with a module only; its model's directory has its own.
+            model: A Hugging Face id, a directory, a module of transformers, or a wrapper of one: PEFT's, nnsight's,
+                TransformerLens's bridge, or torch.compile's.
+            tokenizer: The tokenizer, with a model object only; a directory has its own, and so may a wrapper.
             trust_remote_code: Run Python code that the model's repository brings.
 
         Raises:
             ValueError: If it cannot be loaded, is no causal language model, or a module comes without its tokenizer.
         """
-        if not isinstance(model, nn.Module):
+        if isinstance(model, str | Path):
             section = {"id": str(model), "device": device, "dtype": dtype, "revision": revision}
             return load_model(ModelSection.model_validate(section | {"trust_remote_code": trust_remote_code}))
-        if tokenizer is None:
-            raise ValueError("tokenizer: expected the model's tokenizer beside a model object, got none.")
-        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-        return cls(model, tokenizer, name, None)
+        module, tokenizer = beneath(model, tokenizer)
+        return cls(module, tokenizer, str(getattr(module, "name_or_path", "") or type(module).__name__), None)
+
+    def named_by_weights(self) -> "LanguageModel":
+        """Return the model under the name of its weights if it was given in memory; else the model itself."""
+        if self.section is not None:
+            return self
+        return LanguageModel(self.module, self.tokenizer, hold(self.module, self.tokenizer), None)
+
+    def as_section(self) -> dict[str, Any]:
+        """Return the model as a recipe's section names it."""
+        if self.section is not None:
+            return self.section.model_dump(mode="json")
+        known = self.precision["dtype"] in get_args(ModelSection.model_fields["dtype"].annotation)
+        return {"id": self.id} | (self.precision if known else {})
 
     def hooks(self) -> list[HookInfo]:
         """Return the hooks at the sites of every block, in the order of the layers, with the width of each.
@@ -205,6 +219,8 @@ def load_model(section: ModelSection) -> LanguageModel:
         RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
         ValueError: If it cannot be loaded; the message names the offline alternative.
     """
+    if (known := held(section.id)) is not None:
+        return LanguageModel(known.module, known.tokenizer, section.id, None)
     log.info("loading model %s", section.id)
     _, model_class = _causal_config(section)
     return _loaded(section, model_class)
@@ -219,7 +235,7 @@ def load_model_for(section: ModelSection, hooks: tuple[str, ...], outline: Langu
     Raises:
         RemoteCodeRefused, ValueError: As ``load_model``.
     """
-    if section.truncate == "never" or outline.section is not None:
+    if section.truncate == "never" or outline.section is not None or held(section.id) is not None:
         return load_model(section)
     try:
         left_out = unneeded_modules(outline, hooks)
@@ -300,6 +316,8 @@ def load_tokenizer(section: ModelSection) -> Any:
     Raises:
         ValueError: If it cannot be loaded.
     """
+    if (known := held(section.id)) is not None:
+        return known.tokenizer
     with _explained(section):
         return _transformers().AutoTokenizer.from_pretrained(
             _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -313,6 +331,8 @@ def skeleton(section: ModelSection) -> LanguageModel:
         RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
         ValueError: If the configuration cannot be loaded.
     """
+    if held(section.id) is not None:
+        return load_model(section)
     config, model_class = _causal_config(section)
     dtype = getattr(torch, section.dtype)
 
@@ -373,24 +393,27 @@ def section_content(section: ModelSection) -> Content:
         ValueError: If its tokenizer or configuration cannot be loaded.
     """
 
-    # Digest of the tokenizer itself, because its files contain much that does not affect text.
+    if (known := held(section.id)) is not None:
+        return {"model": {"parameters": known.parameters}} | tokenizer_contents(known.tokenizer)
+
+    # Digests of the tokenizer itself, because its files contain much that does not affect text.
     def digest() -> str:
-        return tokenizer_content(load_tokenizer(section))
+        return json.dumps(tokenizer_contents(load_tokenizer(section)))
 
     folder = model_folder(section)
     if folder is not None:
         # Cached, because loading it imports transformers, which takes longer than the rest of a resumed run's start.
         read = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in WEIGHTS_SUFFIXES)
         code = " with code" if section.trust_remote_code else ""
-        name = f"tokenizer {folder.resolve()} transformers {metadata.version('transformers')}{code}"
-        return {"model": _source_content(section, None), "tokenizer": remembered(name, read, digest)}
+        name = f"tokenizer with template {folder.resolve()} transformers {metadata.version('transformers')}{code}"
+        return {"model": _source_content(section, None)} | json.loads(remembered(name, read, digest))
     with _explained(section):
-        tokenizer = digest()
+        tokenizer = tokenizer_contents(load_tokenizer(section))
         # Resolves the revision to a commit of the Hub.
         _transformers().AutoConfig.from_pretrained(
             _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer}
+    return {"model": _source_content(section, _commit(section))} | tokenizer
 
 
 def _source_content(section: ModelSection, commit: str | None) -> Content:
@@ -451,24 +474,3 @@ def _explained(section: ModelSection) -> Iterator[None]:
             f"model.id: {section.id!r} could not be loaded ({reason}). Give a local directory with config.json, "
             "model.safetensors and tokenizer files, or use model.id: embedded, which needs no network."
         ) from None
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of the vocabulary and the tokenization rules: equal for tokenizers that give equal ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def tokenizer_content(tokenizer: Any) -> str:
-    """Return a hash of all that decides which tokens a harvest stores: the tokenization and the special tokens."""
-    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(tokenizer.all_special_ids)]
-    return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {json.dumps(marks)}".encode()).hexdigest()
-
-
-def _parameters_digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

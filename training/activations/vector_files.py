@@ -204,7 +204,9 @@ def _dataset(path: Path, column: str | None) -> VectorFile:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"harvest.files: {path}: expected a parquet file or a data set's folder, got {reason}.") from None
     if isinstance(found, datasets.DatasetDict):
-        raise ValueError(f"harvest.files: {path}: expected one split, got {', '.join(map(str, found))}. Name the folder of one of them.")
+        raise ValueError(
+            f"harvest.files: {path}: expected one split, got {', '.join(map(str, found))}. Name the folder of one of them."
+        )
     lists = [name for name, feature in found.features.items() if _is_vector(feature)]
     name = column if column is not None else lists[0] if len(lists) == 1 else None
     if name not in lists:

@@ -16,27 +16,34 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ...sae.files import read_text
+from .fields import Role
 from .schema import (
     DictionarySection,
+    ExcludeSection,
     HarvestSection,
     ModelSection,
     PhaseSection,
     Recipe,
-    TextSection,
     calibrated_on,
     peak_lr,
     total_steps,
 )
+from .text_schema import ChatSection, MixPart, TextSection, TextSource
 from .validation import check_encoder, check_together, encoder_specs, explain
 
 __all__ = [
+    "ChatSection",
     "DictionarySection",
+    "ExcludeSection",
     "HarvestSection",
+    "MixPart",
     "ModelSection",
     "PhaseSection",
     "Recipe",
     "RecipeSource",
+    "Role",
     "TextSection",
+    "TextSource",
     "calibrated_on",
     "check_recipe",
     "differences",

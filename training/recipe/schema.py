@@ -5,71 +5,25 @@ Types are never coerced, and unknown keys are errors. Checks that involve severa
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import BeforeValidator, Field
 
-from ...sae.files import at_home
-
-
-class Section(BaseModel):
-    """Base class of recipe sections: strict (no unknown keys, no coercion) and frozen (a run's state is in ``state.py``)."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-# YAML has lists where a frozen section has tuples.
-Place = Annotated[str, AfterValidator(at_home)]
-Places = Annotated[tuple[Place, ...], Field(strict=False)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-OnBadRow = Literal["skip", "error"]
-ObjectiveName = Literal["reconstruction", "kl"]
-
-
-def _hooks(value: Any) -> str | tuple[str, ...] | None:
-    if isinstance(value, (list, tuple)) and value and all(isinstance(hook, str) for hook in value):
-        return tuple(value)
-    if value is None or isinstance(value, str):
-        return value
-    raise ValueError("a hook, or a list of hooks")
-
-
-def _layers(value: Any) -> Literal["all"] | tuple[int, ...] | None:
-    if isinstance(value, (list, tuple)) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value):
-        return tuple(value)
-    if value in (None, "all"):
-        return value
-    raise ValueError("all, or a list of layers")
-
-
-def _rate(value: Any) -> float | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value > 0:
-            return float(value)
-        raise ValueError("greater than 0")
-    raise ValueError("a valid number, or auto")
-
-
-def _betas(value: Any) -> tuple[float, float] | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_share(each) for each in value):
-        return (float(value[0]), float(value[1]))
-    raise ValueError("two numbers from 0 to below 1, or auto")
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-
-
-# Unions with validators of their own, because pydantic would report an error for every part.
-_listed = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value)
-Hooks = Annotated[str | tuple[str, ...] | None, PlainValidator(_hooks), _listed]
-Rate = Annotated[float | Literal["auto"], PlainValidator(_rate)]
-Betas = Annotated[tuple[float, float] | Literal["auto"], PlainValidator(_betas), _listed]
-Layers = Annotated[Literal["all"] | tuple[int, ...] | None, PlainValidator(_layers), _listed]
+from .fields import (
+    Betas,
+    Hooks,
+    Layers,
+    Names,
+    ObjectiveName,
+    OnBadRow,
+    Place,
+    Places,
+    Positive,
+    Rate,
+    Roles,
+    Section,
+    Share,
+    Token,
+)
+from .text_schema import TextSection
 
 
 class ModelSection(Section):
@@ -99,35 +53,26 @@ class ModelSection(Section):
     )
 
 
-class TextSection(Section):
-    """Source of the documents, and their division into contexts."""
+class ExcludeSection(Section):
+    """Tokens to leave out, besides special tokens and leading positions."""
 
-    source: Literal["embedded", "files", "hub"] = Field(
-        default="embedded",
-        description="embedded: the generated corpus of the embedded model; files: local files; hub: a Hugging Face dataset",
+    roles: Roles = Field(default=(), description="chats: roles whose tokens are left out; template: what the template adds")
+    tokens: Annotated[tuple[Token, ...], Field(strict=False)] = Field(
+        default=(), description="tokens, as text or as ids, which are left out wherever they occur"
     )
-    files: Places = Field(default=(), description="source files: paths of .txt, .jsonl or .parquet files, read in this order")
-    dataset: str | None = Field(default=None, description="source hub: id of a Hugging Face dataset, which is streamed")
-    dataset_config: str | None = Field(default=None, description="source hub: configuration of the dataset")
-    dataset_split: str = Field(default="train", description="source hub: split of the dataset")
-    dataset_revision: str | None = Field(default=None, description="source hub: branch, tag or commit; null: the main branch")
-    column: str = Field(default="text", description="column or JSON key that holds the text")
-    separator: str = Field(default="\n\n", description="separator of documents in a .txt file")
-    seed: int = Field(default=1, description="source embedded: seed of the generated corpus")
-    context_length: Annotated[int, Field(ge=2)] = Field(default=128, description="tokens per context, BOS included")
-    bos: Literal["context", "document", "none"] = Field(
-        default="context",
-        description="beginning-of-sequence token; context: before every document and at the start of every context; document: "
-        "before every document; none: nowhere",
+    positions: Annotated[tuple[int, ...], Field(strict=False)] = Field(
+        default=(), description="positions of every context; negative ones count from its end"
     )
-    packing: Literal["pack", "separate"] = Field(
-        default="pack", description="pack: documents end to end; separate: one document per context, padded"
+    norm_above: Annotated[float, Field(gt=1.0)] | None = Field(
+        default=None,
+        description="leave out tokens whose activation at any hook has a norm above this multiple of the median norm there "
+        "(of the text's first 64 contexts); null: none",
     )
-    on_bad_row: OnBadRow = Field(
-        default="skip",
-        description="skip: leave out rows without text, turn bytes that are not UTF-8 into U+FFFD, count both; error: stop",
-    )
-    max_bad_share: Share = Field(default=0.05, description="on_bad_row skip: stop if a larger share of rows is bad")
+
+    @property
+    def given(self) -> bool:
+        """True if anything is left out."""
+        return self != ExcludeSection()
 
 
 class HarvestSection(Section):
@@ -171,6 +116,7 @@ class HarvestSection(Section):
     exclude_leading: Annotated[int, Field(ge=0)] = Field(
         default=8, description="leading positions of every context to leave out"
     )
+    exclude: ExcludeSection = Field(default=ExcludeSection(), description="further tokens to leave out")
     live_buffer_tokens: Positive = Field(default=65_536, description="store null: size of the shuffle buffer, in tokens")
     verify: bool = Field(default=True, description="verify the checksum of every shard before training")
     on_bad_row: OnBadRow = Field(

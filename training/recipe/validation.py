@@ -14,6 +14,7 @@ from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
 from .schema import MLP_START, DictionarySection, Recipe, total_steps
+from .text_checks import check_text
 
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -77,7 +78,9 @@ def check_together(recipe: Recipe) -> list[str]:
     section = recipe.dictionary
     problems = _check_start(section) + _check_training(recipe) + _check_dictionary(section, recipe.model.id)
     named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
-    for key in named if not problems else ():
+    foreign = any(theirs(hook) for hook in (*(section.all_hooks if named and not problems else ()), *recipe.harvest.hooks))
+    # Hooks in another spelling are compared when the model is known.
+    for key in named if not problems and not foreign else ():
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
     for index, hook in enumerate(recipe.harvest.hooks):
         problems += _check_hook(f"harvest.hooks.{index}", hook, recipe.model.id)
@@ -106,14 +109,7 @@ def check_together(recipe: Recipe) -> list[str]:
             f"harvest.exclude_leading: expected less than text.context_length = {recipe.text.context_length}, "
             f"got {recipe.harvest.exclude_leading}; nothing would be left."
         )
-    needed = {"files": ("files", recipe.text.files), "hub": ("dataset", recipe.text.dataset)}
-    if recipe.text.source in needed and not needed[recipe.text.source][1]:
-        problems.append(
-            f"text.{needed[recipe.text.source][0]}: required when text.source is {recipe.text.source}, but missing."
-        )
-    if recipe.text.source == "embedded" and recipe.model.id != "embedded":
-        problems.append("text.source: the embedded corpus is for model.id embedded. Set text.source to files or hub.")
-    return problems
+    return problems + check_text(recipe)
 
 
 def _check_files(recipe: Recipe) -> list[str]:
@@ -163,13 +159,21 @@ def unharvested(recipe: Recipe, key: str, hooks: Iterable[str]) -> list[str]:
     ]
 
 
+def theirs(hook: str) -> tuple[int, str] | None:
+    """Return layer and place of a hook in TransformerLens's spelling that a recipe may name; None for other hooks."""
+    found = re.fullmatch(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, READ))})(?::out)?", hook)
+    return (int(found[1]), found[2]) if found else None
+
+
 def _check_hook(key: str, hook: str, model: str) -> list[str]:
     path, _, side = hook.rpartition(":")
-    theirs = re.fullmatch(r"(?:blocks\.(\d+)\.)?((?:\w+\.)*hook_\w+)(?::(?:in|out))?", hook)
-    if theirs is None and side in ("in", "out") and path:
+    if theirs(hook) is not None:
         return []
-    layer, place = theirs.groups() if theirs else (None, hook)
-    module = to_module(hook.removesuffix(f":{side}"), model) if theirs else None
+    named = re.fullmatch(r"(?:blocks\.(\d+)\.)?((?:\w+\.)*hook_\w+)(?::(?:in|out))?", hook)
+    if named is None and side in ("in", "out") and path:
+        return []
+    layer, place = named.groups() if named else (None, hook)
+    module = to_module(hook.removesuffix(f":{side}"), model) if named else None
     site = PLACES.get(place, place)
     site = "mlp" if site in SITES and key.endswith(("hook_in", "hook_out")) else site
     fix = ""
@@ -177,7 +181,7 @@ def _check_hook(key: str, hook: str, model: str) -> list[str]:
         fix = f" In this model that is {module}."
     elif site in SITES:
         fix = f" Give dictionary.layer: {layer or 'N'} and dictionary.site: {site} in place of hooks."
-    elif theirs:
+    elif named:
         fix = " That is TransformerLens's name of a place for which there is no site. Give the module's own path in this model."
     wanted = "a module path and a side" + ("" if fix else f", like {hook.split(':')[0]}:out")
     return [f"{key}: expected {wanted}, got {hook!r}.{fix}"]
@@ -197,6 +201,8 @@ PLACES = {
     "hook_mlp_out": "mlp_out",
     "mlp.hook_out": "mlp_out",
 }
+# Those that recipes take as they are. Their hook_mlp_in is before the norm, which no site is.
+READ = (*(place for place in PLACES if place != "hook_mlp_in"), "mlp.hook_pre", "mlp.hook_post")
 
 
 # Keys that only some kinds of dictionary have, in the order in which mistakes are reported.

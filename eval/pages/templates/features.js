@@ -56,13 +56,24 @@ function list() {
   $('on').disabled = page + 1 >= pages;
 }
 
-function context([ids, shades, peak, place], maximum) {
+function context([ids, shades, peak, place, leftOut = [], roles = []], maximum) {
   const shade = new Map();
   for (let i = 0; i < shades.length; i += 2) shade.set(shades[i], shades[i + 1]);
   const line = make('p');
   line.title = 'document ' + place;
+  const outside = new Set(leftOut), starts = new Map();
+  let at = 0;
+  for (const [role, count] of roles) {
+    if (role && role !== 'template') starts.set(at, role);
+    at += count;
+  }
   ids.forEach((id, i) => {
+    if (starts.has(i)) line.append(make('span', 'role', starts.get(i)));
     const node = make('span', i === peak ? 'peak' : '', visible(words[id])), value = shade.get(i);
+    if (outside.has(i)) {
+      node.classList.add('outside');
+      node.title = 'left out of training and evaluation';
+    }
     if (value) {
       node.style.background = 'color-mix(in srgb, var(--warn) ' + (8 + value * 0.062).toFixed(1) + '%, transparent)';
       node.title = number(value / 1000 * maximum);

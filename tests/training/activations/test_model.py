@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from sparsary.training.activations.hooked_model import next_token_loss
-from sparsary.training.activations.model import LanguageModel, load_model, resolve_device, skeleton, tokenizer_digest
+from sparsary.training.activations.model import LanguageModel, load_model, resolve_device, skeleton
 from sparsary.training.recipe import ModelSection
+from sparsary.training.tokens import tokenizer_digest
 
 HOOKS = (
     "transformer.h.1:in",
