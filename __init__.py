@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .eval.attribution_graphs.run import attribution_graph
     from .eval.circuits.benchmark import CircuitSettings, circuits
     from .eval.compare.run import compare
+    from .eval.diff.run import diff
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
     from .eval.metrics.inference import InferenceMode
@@ -64,6 +65,7 @@ __all__ = [
     "circuits",
     "compare",
     "convert",
+    "diff",
     "eval",
     "evaluate",
     "evaluate_all",
@@ -97,6 +99,7 @@ _HOMES = {
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
     "eval.compare.run": "compare",
+    "eval.diff.run": "diff",
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
     "eval.metrics.inference": "InferenceMode",
@@ -342,7 +345,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "compare", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

@@ -41,7 +41,7 @@ API = {
         "Evaluation",
         "One function per command. Each writes the files that the command writes and returns their contents.",
         "evaluate evaluate_all InferenceMode features Explainer probe ProbingResults circuits CircuitSettings "
-        "attribution_graph compare Report Features",
+        "attribution_graph compare diff Report Features",
     ),
     "sharing": (
         "Describing and sharing",
@@ -226,7 +226,8 @@ def encoders_page() -> str:
         "# Encoders",
         "",
         "`dictionary.encoder` names the encoder, i.e. how active latents are selected, and sets its arguments: "
-        "`encoder: {name: topk, k: 32}`. Every encoder works in SAEs and transcoders; cross-layer transcoders take `topk`, "
+        "`encoder: {name: topk, k: 32}`. Every encoder works in SAEs and crosscoders, and all but `lista` in transcoders; "
+        "cross-layer transcoders take `topk`, "
         "`jumprelu` and `relu`. In Python they are `sparsary.ENCODERS`. How they compare on small models: "
         "[Encoders compared](../families.md).",
     ]

@@ -194,6 +194,20 @@ def section_of_vectors(opened: LoadedCheckpoint) -> HarvestSection | None:
     return HarvestSection.model_validate(found["harvest"])
 
 
+def of_one_model(opened: LoadedCheckpoint, command: str) -> LoadedCheckpoint:
+    """Return the checkpoint, for a command that measures the predictions of a single language model.
+
+    Raises:
+        ValueError: If it was trained on two models.
+    """
+    if any((member.provenance.get("model") or {}).get("tuned") for member in opened.members):
+        raise ValueError(
+            f"{opened.name}: {command} measures the predictions of one model, and this dictionary was trained on two. "
+            "Run: sparsary diff, which measures both, or sparsary features for the contexts of all latents."
+        )
+    return opened
+
+
 def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[str, ...]:
     """Return one line for each change in the content of model or text since training, although their names are the same."""
     recorded = provenance.get("content")
@@ -243,6 +257,8 @@ def complete(
         found[key] = dict(found.get(key) or {})
     # Only the caller may allow a repository's code to run, never the checkpoint's files.
     found["model"] |= {"trust_remote_code": options.trust_remote_code}
+    if found["model"].get("tuned"):
+        found["model"]["tuned"] = dict(found["model"]["tuned"]) | {"trust_remote_code": options.trust_remote_code}
     for key, value in options.settings.items():
         if key.split(".")[0] not in SECTIONS:
             raise ValueError(f"--set {key}: expected a key of {', '.join(SECTIONS)}, for example text.context_length.")

@@ -224,6 +224,13 @@ def _circuits(
     attention: Annotated[
         bool, typer.Option("--attention", help="With --prompt: heads that carry the edges, and why they attend where they do.")
     ] = False,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="With --prompt: numbers of supernodes, coarse to fine (8,32,128); search a circuit along them.",
+        ),
+    ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
@@ -234,7 +241,8 @@ def _circuits(
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
-        facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention)
+        counts = _level_counts(levels)
+        facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention, levels=counts)
         print_fields(graph_summary(facts))
         for head, rows in graph_tables(facts):
             print()
@@ -242,8 +250,9 @@ def _circuits(
         print(f"\nresults: {facts['json_path']}")
         print(f"page: {facts['page_path']}")
         return
-    if attention:
-        raise ValueError("--attention: expected --prompt beside it, got none: it explains one text's graph.")
+    for name, given in (("--attention", attention), ("--levels", levels is not None)):
+        if given:
+            raise ValueError(f"{name}: expected --prompt beside it, got none: it concerns one text's graph. Add --prompt TEXT.")
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
@@ -261,6 +270,38 @@ def _circuits(
     print_table(*best_rows(found))
     print(f"results: {found['path']}")
     print(f"page: {found['page_path']}")
+
+
+def _level_counts(levels: str | None) -> tuple[int, ...]:
+    """Return the numbers of ``--levels``."""
+    parts = [] if levels is None else levels.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--levels: expected numbers of clusters joined by commas, such as 8,32,128, got {levels!r}.")
+    return tuple(int(part) for part in parts)
+
+
+@app.command("diff")
+@_reads_dictionaries
+def _diff(
+    checkpoint: Annotated[str, typer.Argument(help="A crosscoder of two models: a checkpoint directory.")],
+    out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/diff.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Held-out tokens to read. Default: the recipe's eval_tokens.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the latents patched as a floor.")] = 0,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Compare two models by their crosscoder: exclusive latents, latent scaling, KL closed; write diff.json and diff.html."""
+    from .diff.run import diff
+    from .diff.summary import diff_summary, diff_tables
+
+    found = diff(checkpoint, out, tokens, seed, options)
+    print_fields(diff_summary(found))
+    for head, rows in diff_tables(found):
+        print()
+        print_table(head, rows)
+    print(f"\nresults: {found['path']}\npage: {found['page_path']}")
 
 
 @app.command("compare")

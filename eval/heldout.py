@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..training.activations.contexts import context_batches
 from ..training.activations.limits import context_problems, tokenizer_problems
-from ..training.activations.model import LanguageModel, load_model
+from ..training.activations.model import LanguageModel, each_model, load_model
 from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
 from ..training.shortfalls import Shortfall, recorded, shortfall, shortfalls_together
@@ -165,7 +165,9 @@ def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
     require_text(text)
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
     model = load_model(ModelSection.model_validate(provenance["model"]))
-    problems = [*context_problems(model, text.context_length), *tokenizer_problems(model, model.tokenizer, text)]
+    problems = []
+    for part in each_model(model):
+        problems += [*context_problems(part, text.context_length), *tokenizer_problems(part, model.tokenizer, text)]
     if problems:
         raise ValueError("\n".join(problems))
     return EvalData(model, text, exclusions)

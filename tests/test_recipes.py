@@ -54,7 +54,8 @@ def with_start(recipe, tmp_path):
     from sparsary.sae import SAE
 
     section = recipe.dictionary
-    if section.start is None:
+    # An MLP's own weights are those of the recipe's model.
+    if section.start is None or section.start.path == "mlp":
         return recipe
     SAE(128, 1024, ENCODERS["topk"](k=16)).save(tmp_path / "start", {"hook": section.hook})
     start = section.start.model_copy(update={"path": str(tmp_path / "start")})
@@ -65,6 +66,10 @@ def with_configuration(recipe, tmp_path):
     """The recipe with its model's configuration from here, not from the hub."""
     import transformers
 
+    if recipe.model.tuned is not None:
+        # Made by a command that the recipe names.
+        tuned = recipe.model.tuned.model_copy(update={"id": "embedded"})
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"tuned": tuned})})
     if recipe.model.id == "embedded":
         return recipe
     name, sizes = CONFIGS[recipe.model.id]

@@ -315,21 +315,9 @@ def dataset_commit(section: TextSource) -> str | None:
 def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return one line for each difference between a recorded model and tokenizer and the current ones."""
     before, now = recorded.get("model") or {}, current.get("model") or {}
-    found = []
-    commits = before.get("commit"), now.get("commit")
-    if None not in commits and commits[0] != commits[1]:
-        found.append(
-            f"model: the repository is at commit {commits[1]}, it was at {commits[0]}. For the old one, set model.revision: "
-            f"{commits[0]}"
-        )
-    for part, words in (
-        ("config", "configuration"),
-        ("weights", "weights"),
-        ("code", "Python code"),
-        ("parameters", "weights"),
-    ):
-        if part in before and part in now and before[part] != now[part]:
-            found.append(f"model: its {words} changed (sha256 {_short(before[part])} then, {_short(now[part])} now)")
+    found = _changes(before, now, "model")
+    if before.get("tuned") and now.get("tuned"):
+        found += _changes(before["tuned"], now["tuned"], "model.tuned")
     if recorded.get("tokenizer") and current.get("tokenizer") and recorded["tokenizer"] != current["tokenizer"]:
         found.append(
             "tokenizer: it changed, in how it cuts text or in its special tokens "
@@ -341,6 +329,26 @@ def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> l
             "tokenizer: its chat template, which the text is read with, changed "
             f"(sha256 {_short(templates[0])} then, {_short(templates[1] or 'none')} now)"
         )
+    return found
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> list[str]:
+    """Return one line for each difference between one recorded model and the current one."""
+    found = []
+    commits = before.get("commit"), now.get("commit")
+    if None not in commits and commits[0] != commits[1]:
+        found.append(
+            f"{key}: the repository is at commit {commits[1]}, it was at {commits[0]}. For the old one, set {key}.revision: "
+            f"{commits[0]}"
+        )
+    for part, words in (
+        ("config", "configuration"),
+        ("weights", "weights"),
+        ("code", "Python code"),
+        ("parameters", "weights"),
+    ):
+        if part in before and part in now and before[part] != now[part]:
+            found.append(f"{key}: its {words} changed (sha256 {_short(before[part])} then, {_short(now[part])} now)")
     return found
 
 

@@ -53,7 +53,7 @@ def _describe_foreign(path: str, options: CheckpointOptions) -> list[tuple[str, 
         lines += [
             ("dictionary", f"{_sizes(arguments)}, {encoder}"),
             ("model", str((source.get("model") or {}).get("id", "unknown"))),
-            *_hooks(arguments["kind"], source),
+            *_hooks(source),
             *((key.replace("_", " "), str(value)) for key, value in text.items()),
             ("input scale", _span(dictionary.in_scale)),
         ]
@@ -81,6 +81,7 @@ def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list
             f"{store.directory}  {'complete' if manifest['complete'] else 'interrupted: harvest again to continue'}",
         ),
         ("model", f"{manifest['model']['id']}  {manifest['model']['dtype']}"),
+        *_tuned(manifest["model"]),
         ("text", f"{manifest['text']['source']}, contexts of {manifest['text']['context_length']} tokens"),
         ("tokens", f"{store.tokens('train'):,} training, {store.tokens('heldout'):,} held-out, stored as {manifest['dtype']}"),
         ("excluded", _excluded(manifest["exclude"]["special"], manifest["exclude"]["leading"])),
@@ -98,6 +99,16 @@ def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list
     return lines, problems
 
 
+def _tuned(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a line about the second of two models."""
+    tuned = model.get("tuned")
+    return [("tuned model", f"{tuned['id']}  {tuned['dtype']}")] if tuned else []
+
+
+# Kinds that reconstruct what they read, on one scale.
+ONE_SIDED = ("sae", "crosscoder")
+
+
 def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
     config = read_config(directory)
     dictionary = load_dictionary(directory)
@@ -108,9 +119,10 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
         ("dictionary", f"{_sizes(config['dictionary'])}, {arguments}"),
         ("parameters", f"{sum(p.numel() for p in dictionary.parameters()):,}"),
         ("model", str((source.get("model") or {}).get("id", "unknown"))),
-        *_hooks(config["dictionary"]["kind"], source),
+        *_tuned(source.get("model") or {}),
+        *_hooks(source),
         ("input scale", _span(dictionary.in_scale)),
-        *([("output scale", _span(dictionary.out_scale))] if config["dictionary"]["kind"] != "sae" else []),
+        *([("output scale", _span(dictionary.out_scale))] if config["dictionary"]["kind"] not in ONE_SIDED else []),
         *_origin(source),
         *_usage(dictionary.training_usage),
         ("checksum", "matches" if matches else "differs"),
@@ -150,6 +162,10 @@ def _usage(usage: TrainingUsage | None) -> list[tuple[str, str]]:
 
 def _sizes(arguments: dict[str, Any]) -> str:
     """Return kind and widths, from the arguments in ``dictionary.json``."""
+    if arguments["kind"] == "crosscoder":
+        widths = list(map(str, arguments["widths"]))
+        each = f"{len(widths)} x {widths[0]}" if len(set(widths)) == 1 else " + ".join(widths)
+        return f"crosscoder {each} -> {arguments['n_latents']}"
     words = f"{arguments['kind']} {arguments['d_in']} -> {arguments['n_latents']}"
     if "d_out" in arguments:
         words += f" -> {arguments['d_out']}"
@@ -158,13 +174,13 @@ def _sizes(arguments: dict[str, Any]) -> str:
     return words + (", with skip" if arguments.get("skip") else "")
 
 
-def _hooks(kind: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
+def _hooks(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     try:
         reads, writes = hooks_of_provenance(provenance)
     except ValueError:
         return [("hook", "unknown")]
-    if kind == "sae":
-        return [("hook", ", ".join(reads))]
+    if reads == writes:
+        return [("hooks" if len(reads) > 1 else "hook", ", ".join(reads))]
     return [("reads", ", ".join(reads)), ("predicts", ", ".join(writes))]
 
 

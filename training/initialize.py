@@ -63,9 +63,10 @@ def initialize(
             medians[key] = geometric_median(values)
     dictionary.centre_on(medians[keys[0]], medians[keys[1]])
     if atoms == "data":
-        _atoms_from(dictionary, dictionary.centre(rows), outputs - medians[keys[1]], paired=sample.target is not None)
+        paired = sample.target is not None or not _reads_what_it_writes(dictionary)
+        _atoms_from(dictionary, dictionary.centre(rows), outputs - medians[keys[1]], paired)
         _fit_factor(dictionary, sample.x, targets)
-    elif sample.target is None:
+    elif sample.target is None and _reads_what_it_writes(dictionary):
         for weights in (block.weights for block in dictionary.blocks):
             weights.W_enc.copy_(weights.W_dec)
 
@@ -89,6 +90,11 @@ def set_scales(dictionary: SparseDictionary, moments: Moments, target_moments: M
             if normalize == "scale":
                 # A scalar for one site, else one value per column.
                 (scale[columns] if scale.ndim else scale).fill_(math.sqrt(variance / (columns.stop - columns.start)))
+
+
+def _reads_what_it_writes(dictionary: SparseDictionary) -> bool:
+    """Return True if encoder and decoder rows of a latent have the same columns."""
+    return all(block.weights.W_enc.shape == block.weights.W_dec.shape for block in dictionary.blocks)
 
 
 def _bytes(scale: Tensor) -> bytes:

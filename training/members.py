@@ -52,17 +52,19 @@ class Start:
     medians: dict[tuple[str, bytes], Tensor]
 
     def widths(self, section: DictionarySection) -> dict[str, int]:
-        """Return the width of every hook: a side of the sample concatenates its hooks, which are equally wide.
+        """Return the width of every hook; those of a user's tensors are equally wide at each side.
 
         Raises:
             ValueError: If a user's tensors cannot be split into that many hooks.
         """
         target = self.sample.x if self.sample.target is None else self.sample.target
-        found = {}
+        found = self.stream.hook_widths()
+        if found.keys() >= set(section.all_hooks):
+            return found
         for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
             width, rest = divmod(rows.shape[1], len(hooks))
             if rest:
-                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} layers, got {rows.shape[1]}.")
+                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} hooks, got {rows.shape[1]}.")
             found |= dict.fromkeys(hooks, width)
         return found
 

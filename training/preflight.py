@@ -283,7 +283,7 @@ def snapshots_fit(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPla
 def _remedies(members: Sequence[ResolvedRecipe]) -> str:
     recipes = [member.recipe for member in members]
     ways = ["Lower dictionary.n_latents or batch_tokens"]
-    if any(recipe.dictionary.kind == "cross_layer_transcoder" for recipe in recipes):
+    if any(recipe.dictionary.built_kind == "cross_layer_transcoder" for recipe in recipes):
         ways.append("name fewer layers, because each one's decoders go to every later one")
     if recipes[0].harvest.store is None:
         ways.append("lower harvest.live_buffer_tokens")
@@ -350,7 +350,7 @@ def _step_bytes(recipe: Recipe, row: int) -> int:
     # Without a budget, about half of the latents may be active at first.
     budgeted = "k" in with_budget(recipe.dictionary.known_encoder)
     scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
-    if not budgeted:
+    if not budgeted and recipe.dictionary.built_kind == "cross_layer_transcoder":
         # Layers are encoded one after another, and all codes are kept.
         scores *= len(recipe.dictionary.hooks_in)
     return 4 * (scores + 4 * tokens * row)

@@ -10,7 +10,7 @@ from typing import Any
 from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
-from .activations.model import LanguageModel, load_model, load_model_for, load_tokenizer, section_content, skeleton
+from .activations.model import LanguageModel, each_model, load_model, load_model_for, load_tokenizer, section_content, skeleton
 from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .activations.vector_files import VectorFiles
@@ -106,11 +106,11 @@ class ModelOutline:
     def text_problems(self, text: TextSection) -> list[str]:
         """Return one line for each way in which the text's contexts or the tokenizer do not fit the model."""
         if text not in self._text_problems:
-            length = text.context_length
-            self._text_problems[text] = [
-                *(context_problems(self.model, length) or untrained_positions(self.model, length)),
-                *tokenizer_problems(self.model, self.tokenizer, text),
-            ]
+            length, found = text.context_length, []
+            for model in each_model(self.model):
+                found += context_problems(model, length) or untrained_positions(model, length)
+                found += tokenizer_problems(model, self.tokenizer, text)
+            self._text_problems[text] = found
         return self._text_problems[text]
 
 
@@ -218,17 +218,17 @@ def _reader(outline: ModelOutline) -> Callable[[DictionarySection], StartSource]
 def _named(section: DictionarySection, model: LanguageModel) -> DictionarySection:
     """Return the section with the hooks of its layers and site."""
     assert section.site is not None
-    if section.kind == "cross_layer_transcoder":
+    if section.kind in ("cross_layer_transcoder", "crosscoder"):
         layers = tuple(range(n_layers(model.module))) if section.layers == "all" else section.layers
         assert isinstance(layers, tuple)
     else:
         assert section.layer is not None
         layers = (section.layer,)
     pairs = [site_hooks(model.module, layer, section.site) for layer in layers]
-    two_sided = section.kind != "sae"
+    two_sided = section.two_sided
     if two_sided != (section.site in TWO_SIDED):
         choices = ", ".join(site for site in sites_of(model.module) if (site in TWO_SIDED) == two_sided)
-        does = "predicts one tensor from another" if two_sided else "reconstructs one tensor"
+        does = "predicts one tensor from another" if two_sided else "reconstructs what it reads"
         raise ValueError(
             f"dictionary.site: expected one of {choices}, because kind {section.kind} {does}, got {section.site!r}."
         )
@@ -236,6 +236,8 @@ def _named(section: DictionarySection, model: LanguageModel) -> DictionarySectio
     hooks: dict[str, Any] = {"hook_in": reads, "hook_out": writes}
     if section.kind == "sae":
         hooks = {"hook": reads[0]}
+    elif section.kind == "crosscoder":
+        hooks = {"hooks": reads}
     elif section.kind == "transcoder":
         hooks = {"hook_in": reads[0], "hook_out": writes[0]}
     return section.model_copy(update={"layer": None, "layers": None, "site": None} | hooks)
@@ -245,21 +247,25 @@ def dictionary_arguments(recipe: Recipe, widths: Mapping[str, int]) -> dict[str,
     """Return the arguments of ``build_dictionary`` for a recipe with named hooks, given the width of every hook.
 
     Raises:
-        ValueError: If the layers of a cross-layer transcoder differ in width.
+        ValueError: If the layers of a cross-layer dictionary differ in width.
     """
     section = recipe.dictionary
     reads, writes = ([widths[hook] for hook in hooks] for hooks in (section.hooks_in, section.hooks_out))
     for key, sizes in (("hook_in", reads), ("hook_out", writes)):
-        if len(set(sizes)) > 1:
+        if len(set(sizes)) > 1 and section.built_kind == "cross_layer_transcoder":
+            key = "hooks" if section.causal else key
             raise ValueError(f"dictionary.{key}: expected one width at all layers, got {', '.join(map(str, sizes))}.")
     n_latents, spec = section.known_n_latents, section.known_encoder
     # A budget that is the start's l0 on the initial sample is not known yet.
     spec = spec if section.start is None else with_budget(spec)
-    arguments = {"kind": section.kind, "d_in": sum(reads), "encoder": spec}
+    arguments = {"kind": section.built_kind, "d_in": sum(reads), "encoder": spec}
     arguments |= {} if section.row_norm is None else {"row_norm": section.row_norm}
-    match section.kind:
+    match section.built_kind:
         case "sae":
             return arguments | {"n_latents": n_latents}
+        case "crosscoder":
+            names = list(section.hooks_in)
+            return {"kind": section.kind, "widths": reads, "n_latents": n_latents, "names": names, "encoder": spec}
         case "transcoder":
             return arguments | {"d_out": sum(writes), "n_latents": n_latents, "skip": section.skip}
         case "cross_layer_transcoder":

@@ -246,7 +246,7 @@ def open_streams(
     for member in members:
         # A user's tensors depend on neither hooks nor seeds.
         recipe = member.recipe
-        key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
+        key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.two_sided)
         together.setdefault(key, []).append(recipe)
     groups, first = list(together.values()), members[0].recipe
     batch = mesh(first.distributed.latents).batch
@@ -260,7 +260,7 @@ def open_streams(
                     "batch_tokens."
                 )
             streams: list[ActivationStream] = [
-                TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest, part)
+                TensorStream(activations, group[0].batch_tokens, group[0].dictionary.two_sided, first.harvest, part)
                 for group, part in zip(groups, parts, strict=True)
             ]
         elif first.harvest.store is None:

@@ -111,14 +111,15 @@ class StartSource:
         """Raise ``ValueError`` unless the dictionary reads and writes activations of the recipe's widths."""
         d = self.dictionary
         if d.n_sites != len(section.hooks_in):
+            word = "sites" if d.shares_code else "layers"
             raise ValueError(
-                f"dictionary.start: {self.place} has {d.n_sites} layers, the recipe has {len(section.hooks_in)}. Name as many."
+                f"dictionary.start: {self.place} has {d.n_sites} {word}, the recipe has {len(section.hooks_in)}. Name as many."
             )
         sides = (("input", d.d_in, section.hooks_in, "hook_in"), ("output", d.d_out, section.hooks_out, "hook_out"))
         for side, own, hooks, key in sides:
             wanted = sum(widths[hook] for hook in hooks)
             if own != wanted:
-                named = "hook" if section.kind == "sae" else key
+                named = key if section.two_sided else "hook" if section.kind == "sae" else "hooks"
                 raise ValueError(
                     f"dictionary.start: {self.place} has {side}s of width {own}, the activations at {', '.join(hooks)} have "
                     f"{wanted}. Choose another dictionary.{named}, or another start."
@@ -128,8 +129,8 @@ class StartSource:
         """Return one line for each fact in which the recipe differs from what the files record: hooks and model."""
         section, found = recipe.dictionary, []
         sides = list(zip(("reads", "writes"), self.hooks, (section.hooks_in, section.hooks_out), strict=True))
-        # An SAE writes what it reads.
-        for key, own, now in sides[:1] if section.kind == "sae" else sides:
+        # SAEs and crosscoders write what they read.
+        for key, own, now in sides if section.two_sided else sides[:1]:
             if own and own != now:
                 found.append(f"the start {key} {', '.join(own)}, the recipe {', '.join(now)}")
         if self.model is not None and self.model != recipe.model.id:
@@ -176,14 +177,20 @@ def read_start(section: DictionarySection) -> StartSource:
         found.directory,
         found.files,
     )
-    require_kind(source.place, source.kind, section.kind)
+    require_kind(source.place, source.kind, section.built_kind)
     return source
 
 
 def require_kind(place: str, kind: str, wanted: str) -> None:
     """Raise ``ValueError`` unless a start is of the recipe's kind of dictionary."""
     if kind != wanted:
-        keys = {"sae": "hook", "transcoder": "hook_in and hook_out", "cross_layer_transcoder": "lists of hook_in and hook_out"}
+        pair = "hook_in and hook_out"
+        keys = {
+            "sae": "hook",
+            "transcoder": pair,
+            "cross_layer_transcoder": f"lists of {pair}",
+            "crosscoder": "a list of hooks",
+        }
         raise ValueError(
             f"dictionary.start: {place} is a {kind}, the recipe's dictionary is a {wanted}. Set "
             f"dictionary.kind: {kind} with {keys[kind]}, or choose another start."

@@ -81,6 +81,7 @@ class TrainingPlan:
         reach = "the whole store" if not live else "one buffer"
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}{_quantized(recipe)}"),
+            *([] if recipe.model.tuned is None else [("tuned model", f"{recipe.model.tuned.id}  {recipe.model.tuned.dtype}")]),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
             *([] if self.text is None else [("text holds", self.text.words())]),
             (
@@ -107,6 +108,11 @@ class TrainingPlan:
         elif section.kind == "cross_layer_transcoder":
             chosen = "over all layers" if section.joint else "in each layer"
             sizes = f"cross_layer_transcoder of {len(section.hooks_in)} layers, each {sizes} -> {d_out}, chosen {chosen}"
+        elif section.kind == "crosscoder":
+            widths = [self.widths[hook] for hook in section.hooks_in]
+            each = f"{d_in} each" if len(set(widths)) == 1 else " + ".join(map(str, widths))
+            sizes = f"crosscoder of {len(widths)} sites, {each} -> {section.n_latents}"
+            sizes += " for each, which write to it and later ones" if section.causal else ""
         return f"{sizes}, {_words(section.known_encoder)}, {self.parameters:,} parameters"
 
     def training_words(self, recipe: Recipe) -> str:

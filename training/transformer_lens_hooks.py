@@ -53,7 +53,7 @@ def with_module_hooks(recipe: Recipe, model: LanguageModel) -> Recipe:
     def own(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         return tuple(named.get(hook, hook) for hook in value) if isinstance(value, tuple) else named.get(value or "", value)
 
-    section, keys = recipe.dictionary, ("hook", "hook_in", "hook_out")
+    section, keys = recipe.dictionary, ("hook", "hooks", "hook_in", "hook_out")
     return recipe.model_copy(
         update={
             "dictionary": section.model_copy(update={key: own(getattr(section, key)) for key in keys}),

@@ -32,7 +32,8 @@ class Crosscoder(OneBlockDictionary):
 
     **Attributes** for sites ``s = 0, 1, ...`` and latents ``i``:
 
-    - ``names``, ``widths``: name and width of every site. Names are the hooks, or, with two models, ``base`` and ``tuned``;
+    - ``names``, ``widths``: name and width of every site. Recipes name sites by their hooks, with two models ``base/HOOK`` and
+      ``tuned/HOOK``;
     - ``sites[s].reads``: slice of the site's columns in concatenated activations, and in ``W_enc``, ``W_dec``, ``b_dec``;
     - ``W_enc (n_latents, d_in)``, ``b_enc (n_latents,)``, ``W_dec (n_latents, d_in)``, ``b_dec (d_in,)``: parameters for
       normalized activations (each site divided by its scale), with the sites' columns concatenated;
@@ -40,7 +41,8 @@ class Crosscoder(OneBlockDictionary):
     - ``decoder(s) (n_latents, d_s)``, ``reader(s) (n_latents, d_s)``, ``bias(s) (d_s,)``: decoder rows, encoder rows, and bias
       of one site, in raw units: ``x_hat^s = z @ decoder(s) + bias(s)``, with ``z`` from ``encode``;
     - ``decoder_norms() (n_latents, sites)``: norms of decoder rows at each site, in normalized units, so that sites compare;
-    - ``relative_norms() (n_latents, sites)``: the same, divided by their sum over sites. For ``[base, tuned]``, column 1 is
+    - ``relative_norms() (n_latents, sites)``: the same per square root of a site's width, divided by their sum over sites. For
+      ``[base, tuned]``, column 1 is
       ``|d_tuned| / (|d_base| + |d_tuned|)``: 0 for latents of the base model alone, 1 for those of the tuned one.
 
     >>> import torch
@@ -130,8 +132,11 @@ class Crosscoder(OneBlockDictionary):
         return torch.stack([part.norm(dim=-1) for part in self.split(self.W_dec)], dim=-1)
 
     def relative_norms(self) -> Float[Tensor, "n_latents sites"]:
-        """Return every latent's decoder norms divided by their sum over sites; equal shares where all are 0."""
-        norms = self.decoder_norms()
+        """Return every latent's decoder norms divided by their sum over sites; equal shares where all are 0.
+
+        Norms are root mean squares over a site's columns, so that a wide site counts no more than a narrow one.
+        """
+        norms = self.decoder_norms() / torch.tensor(self.widths, device=self.device).sqrt()
         total = norms.sum(-1, keepdim=True)
         return torch.where(total > 0, F.normalize(norms, p=1, dim=-1), torch.full_like(norms, 1 / len(self.widths)))
 

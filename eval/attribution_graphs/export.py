@@ -6,15 +6,19 @@ version 1, in which a latent's ``feature`` is the Cantor pairing of its layer an
 record how the graph was made.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...sae.files import write_json
 from .attention import ExplainedScore, GraphAttention
 from .graph import AttributionGraph, GraphNode
 from .labels import Latent, Note
+from .levels import LevelSearch
 from .pruning import Pruned
 
 SCHEMA_VERSION = 1
@@ -47,11 +51,13 @@ def as_json(
     node_threshold: float,
     edge_threshold: float,
     attention: GraphAttention | None = None,
+    found: LevelSearch | None = None,
 ) -> dict[str, Any]:
     """Return ``metadata``, ``qParams``, ``nodes`` and ``links``; ``influence`` of a node is its cumulative share in pruning.
 
-    With ``attention``, links have the parts of their weight by head, and ``attention_scores`` is a further entry; both are
-    beyond circuit-tracer's schema.
+    With ``attention``, links have the parts of their weight by head, and ``attention_scores`` is a further entry. With the
+    search ``found``, ``levels`` is one, and clusters of the coarsest level are supernodes. Further entries are beyond
+    circuit-tracer's schema.
     """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     identities = {number: node_id(graph, number) for number in kept}
@@ -93,6 +99,13 @@ def as_json(
             carried = attention.edges[target, source]
             link |= {"direct": carried.direct, "heads": [part._asdict() for part in carried.heads]}
         values["attention_scores"] = [_score(graph, score) for score in attention.scores]
+    if found is not None:
+        values["levels"] = _levels(graph, found)
+        shown = pruned.nodes[graph.latents]
+        for cluster in range(len(found.levels[0].opened)):
+            members = ((found.levels[0].labels == cluster) & shown).nonzero()[:, 0].tolist()
+            if members:
+                values["qParams"]["supernodes"].append([f"cluster {cluster}", *(identities[member] for member in members)])
     return values
 
 
@@ -141,6 +154,35 @@ def _identity(node: GraphNode, n_layers: int) -> str:
     layer = {"token": "E", "logit": str(n_layers + 1)}.get(node.kind, str(node.layer))
     # Minus one is no latent's number, so error nodes cannot collide with latents.
     return f"{layer}_{-1 if node.index is None else node.index}_{node.position}"
+
+
+def _levels(graph: AttributionGraph, found: LevelSearch) -> dict[str, Any]:
+    """Return all clusters with the node ids of their latents, which need not be among the shown nodes."""
+    ids = [node_id(graph, number) for number in range(len(graph.active))]
+
+    def members(mask: Tensor) -> list[str]:
+        return [ids[number] for number in mask.nonzero()[:, 0].tolist()]
+
+    return {
+        "faithfulness": found.faithfulness,
+        "circuit": members(found.circuit),
+        "passes": found.passes,
+        "flat_passes": found.flat_passes,
+        "levels": [
+            [
+                {
+                    "nodes": members(level.labels == cluster),
+                    "influence": influence,
+                    "effect": None if math.isnan(effect) else effect,
+                    "opened": opened,
+                }
+                for cluster, (influence, effect, opened) in enumerate(
+                    zip(level.influence.tolist(), level.effects.tolist(), level.opened.tolist(), strict=True)
+                )
+            ]
+            for level in found.levels
+        ],
+    }
 
 
 def _score(graph: AttributionGraph, score: ExplainedScore) -> dict[str, Any]:

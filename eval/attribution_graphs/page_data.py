@@ -1,12 +1,16 @@
 """Data of an attribution graph's page: ``graph-page.json``, next to the graph in circuit-tracer's format."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from .attention import ExplainedScore, GraphAttention
 from .export import GraphLabels
 from .graph import KINDS, AttributionGraph, GraphNode
 from .labels import Note
+from .levels import GraphLevel, LevelSearch
 from .pruning import Pruned, normalised_influence
 
 PAGE_VERSION = 1
@@ -21,11 +25,13 @@ def page_data(
     labels: GraphLabels,
     measures: Mapping[str, Any] | None = None,
     attention: GraphAttention | None = None,
+    found: LevelSearch | None = None,
 ) -> dict[str, Any]:
     """Return key figures, nodes and edges; edges refer to nodes by list index and are sorted, strongest first.
 
     ``measures`` are further figures of the graph by name, as ``attribution_graph`` returns them. With ``attention``,
-    ``edge_heads`` has the direct part and the heads of every edge, and ``attention_scores`` the decomposed scores.
+    ``edge_heads`` has the direct part and the heads of every edge, and ``attention_scores`` the decomposed scores. With the
+    search ``found``, ``levels`` has its clusters and circuit.
     """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     places = {number: place for place, number in enumerate(kept)}
@@ -66,6 +72,7 @@ def page_data(
         "nodes": nodes,
         "edges": edges,
         "edge_heads": carried,
+        "levels": None if found is None else _levels(found, places),
         "attention_scores": None if attention is None else [_score(score) for score in attention.scores],
         "notes": {f"{layer}.{latent}": _note(note) for (layer, latent), note in labels.notes.items()},
     }
@@ -98,6 +105,28 @@ def _node(graph: AttributionGraph, number: int, share: float) -> list[Any]:
     number_of_kind = KINDS.index(node.kind)
     shown = None if value is None else _rounded(value)
     return [number_of_kind, node.layer, node.position, place, _rounded(share), shown, total, constant]
+
+
+def _levels(found: LevelSearch, places: Mapping[int, int]) -> dict[str, Any]:
+    """Return the levels' clusters as influence, effect (None if not measured), opened, number of latents and shown nodes."""
+
+    def shown(mask: Tensor) -> list[int]:
+        return [places[number] for number in mask.nonzero()[:, 0].tolist() if number in places]
+
+    def cluster(level: GraphLevel, number: int) -> list[Any]:
+        effect, members = float(level.effects[number]), level.labels == number
+        kept = None if math.isnan(effect) else _rounded(effect)
+        influence = _rounded(float(level.influence[number]))
+        return [influence, kept, bool(level.opened[number]), int(members.sum()), shown(members)]
+
+    return {
+        "faithfulness": _rounded(found.faithfulness),
+        "passes": found.passes,
+        "flat_passes": found.flat_passes,
+        "size": int(found.circuit.sum()),
+        "circuit": shown(found.circuit),
+        "levels": [[cluster(level, number) for number in range(len(level.opened))] for level in found.levels],
+    }
 
 
 def _carried(attention: GraphAttention, edges: Iterable[tuple[int, int]]) -> list[Any]:

@@ -24,6 +24,7 @@ from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
 from .interventions import EFFECTS, PLACES, compare_replacement, intervene, most_influential
 from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
+from .levels import LevelSearch, search_levels
 from .local_replacement_model import LocalReplacement
 from .page_data import DATA_FILE, node_rows, page_data
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
@@ -65,6 +66,7 @@ def attribution_graph(
     options: CheckpointOptions = NO_OPTIONS,
     model: LanguageModel | None = None,
     attention: bool = False,
+    levels: Sequence[int] = (),
     max_numbers: int = MAX_NUMBERS,
 ) -> Report:
     """Compute a prompt's attribution graph; write ``graph.json`` and ``graph.html``, and return its scores and sizes.
@@ -88,6 +90,7 @@ def attribution_graph(
         options: Facts that the checkpoint's files leave open.
         model: The model the transcoders belong to, if it is in memory; by default it is loaded by its id.
         attention: Add the heads and positions that carry each kept edge, and decompose the scores of the most influential ones.
+        levels: Numbers of clusters, coarse to fine: group latents into supernodes and search a circuit along them by ablation.
         max_numbers: Entries of the largest tensor that the graph makes, which bounds the prompt's length times latents.
 
     Raises:
@@ -103,14 +106,15 @@ def attribution_graph(
     graph = graph_of(local, *chosen, max_latents=max_latents, max_numbers=max_numbers)
     pruned = graph.prune(node_threshold, edge_threshold)
     seen = graph_attention(local, graph, pruned, max_numbers=max_numbers) if attention else None
+    found = search_levels(local, graph, levels, max_numbers=max_numbers) if levels else None
     notes = _notes(opened, graph, pruned, words, context_tokens)
     targets = [words[t.token] + ("" if t.foil is None else f" \u2212 {words[t.foil]}") for t in graph.targets]
     tokens = [words[token] for token in token_ids.tolist()]
     labels = GraphLabels(opened.model.id, opened.source.name, prompt, tokens, targets, notes)
     target = Path(out) if out is not None else opened.source.results / "graph"
-    facts = _facts(local, graph, pruned, max_numbers)
-    path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold, seen), notes)
-    data = page_data(graph, pruned, labels, facts, seen)
+    facts = _facts(local, graph, pruned, max_numbers) | _level_facts(found)
+    path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold, seen, found), notes)
+    data = page_data(graph, pruned, labels, facts, seen, found)
     page = _written_page(path, data)
     return Report(facts | {"json_path": str(path), "page_path": str(page)}, node_rows(data))
 
@@ -215,6 +219,17 @@ def _numbers(replacement: Replacement, layers: tuple[int, ...], latents: Sequenc
             insertion, site = replacement.place(layer)
             found[replacement.insertions()[insertion].dictionary.blocks[site].latents.start + latent] = (layer, latent)
     return found
+
+
+def _level_facts(found: LevelSearch | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {
+        "circuit_size": int(found.circuit.sum()),
+        "circuit_faithfulness": found.faithfulness,
+        "circuit_passes": found.passes,
+        "circuit_flat_passes": found.flat_passes,
+    }
 
 
 def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned, max_numbers: int) -> dict[str, Any]:

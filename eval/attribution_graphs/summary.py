@@ -29,6 +29,10 @@ def graph_summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["latents_left_out"]:
         share = facts["left_out_share"]
         fields.append(("left out", f"{show(facts['latents_left_out'])} latents, with {share:.2%} of the influence"))
+    if "circuit_size" in facts:
+        circuit = f"{show(facts['circuit_size'])} latents at faithfulness {show(facts['circuit_faithfulness'])}"
+        passes = f"{show(facts['circuit_passes'])} passes, {show(facts['circuit_flat_passes'])} without levels"
+        fields.append(("circuit", f"{circuit}   {passes}"))
     return fields
 
 

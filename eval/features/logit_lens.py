@@ -38,14 +38,18 @@ class Unembedding(NamedTuple):
 
 @torch.no_grad()
 def unembedding(dictionary: SparseDictionary, model: LanguageModel, provenance: Mapping[str, Any]) -> Unembedding | str:
-    """Return the path from latents to logits, or the reason why it is undefined."""
+    """Return the path from latents to logits, or the reason why it is undefined.
+
+    A crosscoder writes the same stream at several sites: the path is that from its last.
+    """
     hooks = hooks_of_provenance(provenance)[1]
+    places = list(zip(dictionary.sites, hooks, strict=True))
     try:
         anatomy = Architecture(model)
     except ValueError as error:
         return str(error)
     written = torch.zeros(dictionary.n_latents, anatomy.d_model, device=model.device)
-    for site, hook in zip(dictionary.sites, hooks, strict=True):
+    for site, hook in places[-1:] if dictionary.shares_code else places:
         atoms = _written(dictionary, anatomy, hook, site.writes)
         if isinstance(atoms, str):
             return atoms

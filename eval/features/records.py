@@ -15,6 +15,8 @@ Keys of a record, ``null`` if ``reasons`` has an entry of the same name:
   Pearson's correlation, zeros included. ``nearest``: latents by cosine of decoder directions. See ``eval.features.neighbours``.
 - ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation
   (``eval.features.logit_lens``).
+- ``sites``: of a crosscoder only, each site's share of the latent's decoder norm (``Crosscoder.relative_norms``), in the order
+  of ``hooks_out`` in ``features.json``.
 - ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``, with ``details`` (``eval.features.scores``).
 - ``explanation``: ``text`` by a language model; ``detection`` and ``fuzzing``, its scores as balanced accuracy; ``details``,
   the counts; numbers of ``questions`` and of ``malformed`` answers; its own ``reasons`` (``eval.features.autointerp``).
@@ -62,6 +64,8 @@ class Described:
     scores: dict[str, list[Score]]
     effects: list[tuple[np.ndarray, np.ndarray]] | str
     known: Predicates
+    # Each site's share of a latent's decoder norm; ``None`` but for crosscoders.
+    shares: np.ndarray | None = None
     # By latent: the entries of a Result, or the reason why there is none.
     explanations: dict[int, dict[str, Any] | str] = field(default_factory=dict)
 
@@ -109,6 +113,8 @@ class Described:
             "details": {name: _rounded(score.details) for name, score in scores.items() if score.details},
             "explanation": self._explanation(latent),
         }
+        if self.shares is not None:
+            record["sites"] = [number(share) for share in self.shares[latent]]
         reasons = {f"scores.{name}": score.reason for name, score in scores.items() if score.value is None}
         if not fired:
             reasons |= dict.fromkeys(("max_activation", "mean_activation", "histogram"), UNSEEN)

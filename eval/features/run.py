@@ -19,6 +19,7 @@ from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.shortfalls import shortfall
 from ...training.stages import stage
 from ...training.text import require_text
+from ...transcoders.crosscoder import Crosscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint, section_of_vectors, with_model
@@ -195,6 +196,8 @@ def described_checkpoint(
     seed = text.seed if text.source == "embedded" else None
     lens = unembedding(dictionary, model, provenance)
     described = describe_latents(collected, dictionary.atoms, words, lens, seed)
+    if isinstance(dictionary, Crosscoder):
+        described = replace(described, shares=dictionary.relative_norms().detach().cpu().numpy())
     left_out = source.bad_texts.until(None) + source.bad_tokens.found
     if left_out:
         log.warning("Excluded or repaired: %s.", counted(left_out))

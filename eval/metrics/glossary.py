@@ -30,7 +30,7 @@ INTRODUCTION = dedent("""\
     `null`; the one exception is `reasons`, which says of every `null` entry why it is null. There is no NaN and no infinity.
     Fractions are 0 to 1, losses are in nats, budgets in tokens. New entries may come within a version; the version goes up
     when one goes, and what is defined anew gets a new name. Given activations instead of a model, a report has no entries
-    that need the model. A directory of checkpoints, or a cross-layer transcoder, has a report of another kind
+    that need the model. A directory of checkpoints, a cross-layer transcoder, or a crosscoder has a report of another kind
     (`stack_report_version`): all layers in place at once, and each alone.
 
     **How it is measured.** Documents held out from training are cut in two halves. The first fits what has to be fitted (means,

@@ -32,6 +32,7 @@ DEFINITIONS = {
     "firings": "Number of tokens on which the latent fires.",
     "max activation": "Largest activation on the evaluated text.",
     "mean activation": "Mean activation over the tokens on which it fires.",
+    "decoder norms": "Share of the latent's decoder norm at each site of a crosscoder, in units of each site's scale.",
     **{key.replace("_f1", " F1").replace("_", " "): text for key, text in SCORES.items()},
 }
 
@@ -67,7 +68,12 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
         scores=SCORES,
         left_out=about.get("left_out"),
         chat_template=about.get("chat_template"),
-        settings={"chunk": CHUNK_LATENTS, "gapped": not words.spaced, "definitions": DEFINITIONS},
+        settings={
+            "chunk": CHUNK_LATENTS,
+            "gapped": not words.spaced,
+            "definitions": DEFINITIONS,
+            **({"sites": list(about["hooks_out"])} if about.get("kind") == "crosscoder" else {}),
+        },
         packed={"index": _packed(index), "words": _packed(list(words.numbers))}
         | {f"chunk-{number}": chunk for number, chunk in enumerate(chunks)},
     )
@@ -131,6 +137,7 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
                 ("similar decoder directions (cosine)", "nearest", "cosine"),
             )
         },
+        **({"sites": record["sites"]} if "sites" in record else {}),
         "details": record["details"],
         "explanation": record["explanation"],
         "reasons": record["reasons"],

@@ -22,7 +22,10 @@ PLACES = {
     "circuits": ("circuits/circuits.html", "circuits.html"),
     "graph": ("graph/graph.html", "graph.html"),
     "probing": ("probing/probing.html", "probing.html"),
+    "diff": ("diff/diff.html", "diff.html"),
 }
+# Page -> command that makes it of one checkpoint.
+COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff"}
 FOLDERS = {Path(places[0]).parent.name for places in PLACES.values()} - {""}
 COMPARISON, RECIPE = "comparison", "recipe.yaml"
 # A comparison of recipes lies this many folders above its runs at most: OUT/RECIPE/seed-0.
@@ -106,8 +109,8 @@ def command(label: str, result: Mapping[str, Any]) -> str:
     """Return the command line that the settings in a result stand for; empty if they do not determine one."""
     words: list[Any] = ["sparsary"]
     checkpoint = result.get("checkpoint")
-    if label in ("report", "features", "probing") and checkpoint:
-        words += [{"report": "eval", "features": "features", "probing": "probe"}[label], checkpoint]
+    if label in COMMANDS and checkpoint:
+        words += [COMMANDS[label], checkpoint]
         tokens = result.get("tokens_asked")
         words += ["--tokens", tokens] if tokens else []
         words += ["--labels", result["labels"]] if result.get("labels") else []
@@ -123,7 +126,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["compare", *(run["directory"] for run in result["runs"])]
     else:
         return ""
-    words += ["--seed", result["seed"]] if label in ("circuits", "probing") and result.get("seed") else []
+    words += ["--seed", result["seed"]] if label in ("circuits", "probing", "diff") and result.get("seed") else []
     return shlex.join(map(str, words))
 
 

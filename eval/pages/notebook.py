@@ -74,14 +74,15 @@ def _report(found: Found) -> CellOutput:
 
 
 def _stack(found: Found) -> CellOutput:
-    columns = [column for column in stack.COLUMNS if column.key in LAYER_FIGURES]
+    columns = [column for column in stack.stack_columns(dict(found)) if column.key in LAYER_FIGURES]
     rows = [
         [stack.short(hook), *(show(found[column.key][number], digits=3) for column in columns)]
         for number, hook in enumerate(found["layer_hooks"])
     ]
     shape = f"{show(found['n_latents'])} latents \u00b7 {show(found['tokens'])} held-out tokens"
-    heading = f"{found['kind']}, {found['layers']} layers"
-    return CellOutput(heading, shape, stack.stack_tiles(dict(found)), ["layer", *_labels(columns)], rows)
+    places = stack.places_word(dict(found))
+    heading = f"{found['kind']}, {found['layers']} {places}"
+    return CellOutput(heading, shape, stack.stack_tiles(dict(found)), [places[:-1], *_labels(columns)], rows)
 
 
 LAYER_FIGURES = ("layer_fvu", "layer_l0", "layer_dead_fraction", "layer_ce_spliced", "layer_ce_mean", "layer_kl_spliced")

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from ...sae.files import read_json, require_crc32, write_text
 from .attribution_graph import render_graph
 from .circuits import render_circuits
+from .diff import render_diff
 from .drawn_latents import drawn_latents
 from .examples import about_records, example_latents, features_files
 from .features import render_features
@@ -43,8 +44,9 @@ def render_file(path: str | Path) -> Path:
 
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``features.json`` or
-            ``features.jsonl``, ``graph.json``, ``probing.json``; other names work too. Related files of the run are read as
-            well: its ``metrics.jsonl``, the files of features, a graph's ``graph-page.json``, probing's ``factors.jsonl``.
+            ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``; other names work too. Related files of the run
+            are read as well: its ``metrics.jsonl``, the files of features, a graph's ``graph-page.json``, probing's
+            ``factors.jsonl``.
 
     The page links to the other pages of the run, which are made to link to it; a report beside new features is rendered again
     to show example latents.
@@ -68,7 +70,9 @@ def render_file(path: str | Path) -> Path:
     found = read_json(source)
     kind = next((kind for kind in KINDS if isinstance(found, dict) and kind.entries <= found.keys()), None)
     if kind is None:
-        names = "report.json, comparison.json, circuits.json, features.json, features.jsonl, graph.json or probing.json"
+        names = (
+            "report.json, comparison.json, circuits.json, features.json, features.jsonl, graph.json, probing.json, diff.json"
+        )
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
         text = kind.render(source, found)
@@ -208,5 +212,6 @@ KINDS = (
         "graph",
         lambda path, found: render_graph(found),
     ),
+    ResultKind(frozenset({"diff_version"}), "sparsary diff", "diff", lambda path, found: render_diff(found)),
     ResultKind(frozenset({"probing_version"}), "sparsary probe", "probing", _probing),
 )

@@ -1,4 +1,4 @@
-"""Page of a stack's report: all layers replaced at once, and each layer alone."""
+"""Page of a report of several sites (stack, cross-layer transcoder, crosscoder): all replaced at once, and each alone."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from .document import document, encoder_label, kind_label
 from .numbers import show
 from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, plain_log_ticks, plot_card
-from .tables import Column, EntryRow, FigureTile, figure_cell
+from .tables import Cell, Column, EntryRow, FigureTile, figure_cell
 
 Report = dict[str, Any]
 # Characters that fit next to a plot's axis.
@@ -40,6 +40,17 @@ COLUMNS = (
     Column("top-1 mean", "layer_top1_mean", None, "The same fraction with mean ablation."),
     Column("top-1 zero", "layer_top1_zero", None, "The same fraction with zero ablation."),
 )
+SAME_AT_ALL_SITES = ("layer_l0", "layer_dead_fraction")
+# Columns of a crosscoder, in place of those that are the same at all its sites.
+OF_CROSSCODER = (
+    Column(
+        "norm share",
+        "layer_norm_share",
+        None,
+        "Mean over latents of the share of a latent's decoder norm at this site, in units of each site's scale.",
+    ),
+    Column("exclusive", "layer_exclusive", None, "Number of latents with at least 0.9 of their decoder norm at this site."),
+)
 # Entries of the row for all layers at once, in the order of COLUMNS.
 TOTALS = (
     *("fvu_layer_mean", "l0_total", "dead_fraction", "ce_spliced", "ce_mean", "ce_zero"),
@@ -54,14 +65,16 @@ EXPLANATIONS = {
     "tokens_asked": "Number of tokens requested, half of them for scoring. Shorter held-out text is split in half.",
     "documents_shared": "Number of documents scored only in part: 0, unless there are too few to keep them whole.",
     "fvu_layer_mean": "Mean fvu over layers, on the original model's activations.",
-    "l0_total": "Number of active latents of all layers per token, on the original model's activations.",
+    "l0_total": "Number of active latents of all layers per token (a crosscoder's, once for all sites), on the original "
+    "model's activations.",
     "dead_fraction": "Fraction of all latents that never fire within a window of tokens.",
     "dead_window_tokens": "Length of that window in tokens.",
     "dead_training_fraction": "Fraction of all latents that did not fire on the last tokens of their training.",
     "dead_training_window_tokens": "Length of that window in tokens; the shortest if they differ.",
     "downstream_tokens": "Number of predictions scored: replaced positions whose next token belongs to the same document.",
     "ce_clean": "Cross-entropy of the original model, nats per token.",
-    "ce_spliced": "Cross-entropy with all layers replaced at once, each reading the output of the replaced earlier ones.",
+    "ce_spliced": "Cross-entropy with all layers replaced at once, each reading the output of the replaced earlier ones; a "
+    "crosscoder's code is that of the original model's activations.",
     "ce_zero": "Cross-entropy with zero ablation of all layers at once.",
     "ce_mean": "Cross-entropy with mean ablation of all layers at once.",
     "kl_spliced": "KL divergence from the original predictions to those with all layers replaced, nats per token.",
@@ -78,13 +91,13 @@ EXPLANATIONS = {
 }
 # Label, key, and the note below the number.
 TILES = (
-    ("fvu", "fvu_layer_mean", "fraction of variance unexplained, mean over {layers} layers"),
-    ("l0", "l0_total", "latents per token, total over layers"),
-    ("ce increase", "ce_increase", "nats per token, all layers replaced, above {ce_clean}"),
-    ("ce recovered", "ce_recovered_mean", "against mean ablation of all layers"),
-    ("ce recovered", "ce_recovered_zero", "against zero ablation of all layers"),
-    ("KL", "kl_spliced", "nats per token, all layers replaced"),
-    ("same top token", "top1_agreement", "fraction of predictions, all layers replaced"),
+    ("fvu", "fvu_layer_mean", "fraction of variance unexplained, mean over {layers} {places}"),
+    ("l0", "l0_total", "latents per token, {in_total}"),
+    ("ce increase", "ce_increase", "nats per token, all {places} replaced, above {ce_clean}"),
+    ("ce recovered", "ce_recovered_mean", "against mean ablation of all {places}"),
+    ("ce recovered", "ce_recovered_zero", "against zero ablation of all {places}"),
+    ("KL", "kl_spliced", "nats per token, all {places} replaced"),
+    ("same top token", "top1_agreement", "fraction of predictions, all {places} replaced"),
     ("dead fraction", "dead_fraction", "of {n_latents} latents, on {dead_window_tokens} tokens"),
 )
 
@@ -92,7 +105,8 @@ TILES = (
 def render_stack(report: Report) -> str:
     """Render the report of a stack as a page. Equal input gives equal bytes."""
     trained, commit = report["training_tokens"], report["git_commit"]
-    heading = f"{kind_label(report['kind'])}, {report['layers']} layers"
+    heading = f"{kind_label(report['kind'])}, {report['layers']} {places_word(report)}"
+    columns, place = stack_columns(report), places_word(report)[:-1]
     size = (WIDTH_INCHES, max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
     return document(
         "stack.html",
@@ -112,15 +126,38 @@ def render_stack(report: Report) -> str:
             **({"doubts": "; ".join(report["doubts"])} if report.get("doubts") else {}),
         },
         tiles=stack_tiles(report),
-        columns=COLUMNS,
+        columns=columns,
+        place=place,
         layers=[
-            (short(hook), [figure_cell({column.key: report[column.key][number]}, column.key) for column in COLUMNS])
+            (short(hook), [figure_cell({column.key: report[column.key][number]}, column.key) for column in columns])
             for number, hook in enumerate(report["layer_hooks"])
         ],
-        total=[figure_cell(report, key) for key in TOTALS],
+        total=_totals(report),
         plots=[plot_card(title, note, lambda ax, draw=draw: draw(ax, report), size) for title, note, draw in PLOTS],
         entries=[EntryRow(key, show(report[key], digits=6), text) for key, text in EXPLANATIONS.items() if key in report],
     )
+
+
+def places_word(report: Report) -> str:
+    """Return what a report calls the places that it replaces: layers, or the sites of a crosscoder."""
+    return "sites" if report["kind"] == "crosscoder" else "layers"
+
+
+def stack_columns(report: Report) -> tuple[Column, ...]:
+    """Return the columns of a report's table."""
+    if report["kind"] != "crosscoder":
+        return COLUMNS
+    return (COLUMNS[0], *OF_CROSSCODER, *(column for column in COLUMNS[1:] if column.key not in SAME_AT_ALL_SITES))
+
+
+def _totals(report: Report) -> list[Cell]:
+    """Return the row of all places at once."""
+    totals = dict(zip((column.key for column in COLUMNS), TOTALS, strict=True))
+    sums = {column.key: sum(report[column.key]) for column in OF_CROSSCODER if column.key in report}
+    return [
+        figure_cell(sums, column.key) if column.key in sums else figure_cell(report, totals[column.key])
+        for column in stack_columns(report)
+    ]
 
 
 def stack_tiles(report: Report) -> list[FigureTile]:
@@ -131,7 +168,11 @@ def stack_tiles(report: Report) -> list[FigureTile]:
 
 
 def _filled(note: str, report: Report) -> str:
-    return note.format(**{name: show(report[name]) for name in ("layers", "ce_clean", "n_latents", "dead_window_tokens")})
+    numbers = {name: show(report[name]) for name in ("layers", "ce_clean", "n_latents", "dead_window_tokens")}
+    places = places_word(report)
+    return note.format(
+        places=places, in_total="total over layers" if places == "layers" else "one code for all sites", **numbers
+    )
 
 
 def short(hook: str) -> str:

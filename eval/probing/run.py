@@ -12,7 +12,7 @@ from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import open_checkpoint, with_model
+from ..checkpoint import of_one_model, open_checkpoint, with_model
 from ..pages.render import FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
@@ -88,7 +88,7 @@ def probe(
     """
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
-    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
+    opened = of_one_model(open_checkpoint(checkpoint, with_model(options, model, tokenizer)), "sparsary probe")
     dictionary, source = probe_source(opened)
     if tasks and not factors_known(source):
         # Before the model, which takes longer.

@@ -28,7 +28,15 @@ from ...training.report import METRICS_FILE, check_log
 from ...training.stages import StageProgress, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, section_of_vectors, with_grids_members, with_model
+from ..checkpoint import (
+    LoadedCheckpoint,
+    LoadedDictionary,
+    of_one_model,
+    open_checkpoint,
+    section_of_vectors,
+    with_grids_members,
+    with_model,
+)
 from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -109,7 +117,7 @@ def evaluate(
 def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """Return the caller's inputs, and a transcoder's targets, as one tensor each."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
-    targets = dictionary.arguments()["kind"] != "sae"
+    targets = dictionary.arguments()["kind"] not in ("sae", "crosscoder")
     if pair and (targets or isinstance(activations, tuple)):
         x, y = (as_rows(side, "activations") for side in activations)
         return x, y
@@ -167,6 +175,7 @@ def evaluate_loaded(
             f"metric_options: expected names among {', '.join(group.name for group in GROUPS)}, got {unknown[0]!r}."
         )
     outs = outs or [None] * len(several)
+    several = [of_one_model(opened, "sparsary eval") for opened in several]
     stacks = [opened for opened in several if opened.in_place_together]
     if selection != DEFAULT_INFERENCE and stacks:
         raise ValueError(
@@ -377,8 +386,8 @@ def evaluate_tensor(
     if half == 0:
         raise ValueError(f"activations: expected at least 2 tokens, got {x.shape[0]}.")
     kind = dictionary.arguments()["kind"]
-    if (y is None) != (kind == "sae"):
-        raise ValueError(f"activations: expected {'x alone' if kind == 'sae' else 'a pair (x, y)'} for a {kind}.")
+    if (y is None) != (kind in ("sae", "crosscoder")):
+        raise ValueError(f"activations: expected {'a pair (x, y)' if y is None else 'x alone'} for a {kind}.")
     targets = x if y is None else y
     if x.shape[1] != dictionary.d_in:
         raise ValueError(f"activations: expected width {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]}.")

@@ -1,4 +1,4 @@
-"""Evaluation of a stack or cross-layer transcoder: all layers spliced in together, and each layer alone."""
+"""Evaluation of dictionaries at several sites (stack, cross-layer transcoder, crosscoder): all spliced in, and each alone."""
 
 import json
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from ...sae.training_usage import TrainingUsage
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
 from ...training.stages import stage
+from ...transcoders.crosscoder import Crosscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
@@ -34,11 +35,13 @@ from ..metrics.reconstruction import Reconstruction
 from ..pages.document import encoder_words
 from ..pages.numbers import dead_words, show
 from ..pages.render import render_file
-from ..pages.stack import short
+from ..pages.stack import places_word, short
 from ..result import Report
 from ..undefined import settled
 
 STACK_REPORT_VERSION = 1
+# Smallest share of a latent's decoder norm at a site for the latent to be exclusive to it.
+EXCLUSIVE = 0.9
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ def evaluate_stack(
     tokens: int | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
-    """Evaluate a directory of checkpoints or a cross-layer transcoder; write the report to ``out`` or into that directory.
+    """Evaluate a directory of checkpoints, a cross-layer transcoder, or a crosscoder; write the report to ``out`` or there.
 
     Reports cross-entropy, KL and top-1 agreement with all dictionaries spliced in, with all their hooks ablated to zero or the
     mean, and for each layer alone. A single layer of a cross-layer transcoder is replaced by its reconstruction from the
-    unmodified model's inputs. fvu and l0 are measured on the unmodified model's activations.
+    unmodified model's inputs. A crosscoder's sites take the place of layers; all its reconstructions are from the unmodified
+    model's activations. fvu and l0 are measured on the unmodified model's activations.
 
     Raises:
         ValueError: If there is no such directory, its dictionaries do not fit each other or the model, or there is no text.
@@ -69,7 +73,7 @@ def evaluate_stack(
 
 
 def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tokens: int | None = None) -> Report:
-    """Evaluate a loaded stack or cross-layer transcoder, as ``evaluate_stack`` does."""
+    """Evaluate a loaded stack, cross-layer transcoder, or crosscoder, as ``evaluate_stack`` does."""
     opened = opened.completed()
     sources = _of_one_training(opened)
     insertions = [Insertion(m.dictionary, *hooks_of_provenance(m.provenance)) for m in opened.members]
@@ -175,7 +179,20 @@ def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int
             documents |= piece.documents
             shown.update(min(tokens // 2 + halves.scored, tokens))
     used = {"tokens_asked": tokens, "documents_shared": len(documents & fitted_documents), "documents": len(documents)}
-    return used | _entries(layers, found, downstream)
+    return used | _entries(layers, found, downstream) | _of_shared_code(insertions, found)
+
+
+def _of_shared_code(insertions: list[Insertion], found: list[Reconstruction]) -> dict[str, Any]:
+    """Return the entries of a crosscoder: its l0, counted once, and how its decoder norms are spread over the sites."""
+    dictionary = insertions[0].dictionary
+    if not isinstance(dictionary, Crosscoder):
+        return {}
+    shares = dictionary.relative_norms()
+    return {
+        "l0_total": settled(found[0].report())[0]["l0_mean"],
+        "layer_norm_share": shares.mean(0).tolist(),
+        "layer_exclusive": (shares >= EXCLUSIVE).sum(0).tolist(),
+    }
 
 
 def _reconstructed(
@@ -188,6 +205,10 @@ def _reconstructed(
         index, site = layer.place
         dictionary: SparseDictionary = insertions[index].dictionary
         x = rows[layer.hook_in]
+        if dictionary.shares_code:
+            codes[layer.place] = codes[index, 0] if site else dictionary.encode([rows[h] for h in insertions[index].hooks_in])
+            outputs.append(dictionary.decode_at(site, [codes[layer.place]]))
+            continue
         codes[layer.place] = dictionary.encode_at(site, x)
         outputs.append(dictionary.decode_at(site, [codes[index, earlier] for earlier in range(site + 1)], x))
     return [codes[layer.place] for layer in layers], outputs
@@ -246,19 +267,20 @@ def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     agreements = ("top1_agreement", "top1_mean", "top1_zero")
     each = [(hook, [show(report[f"layer_{key}"][i]) for key in keys]) for i, hook in enumerate(report["layer_hooks"])]
     rows: list[tuple[str, list[str]]] = [
-        ("all layers at once", ["clean", "spliced", "mean", "zero"]),
+        (f"all {places_word(report)} at once", ["clean", "spliced", "mean", "zero"]),
         ("cross-entropy", [show(report[f"ce_{name}"]) for name in ("clean", *variants)]),
         ("KL", ["0", *(show(report[f"kl_{name}"]) for name in variants)]),
         ("same top token", ["1", *(show(report[key]) for key in agreements)]),
-        ("each layer alone", ["fvu", "l0", "ce", "ce mean", "KL", "same top"]),
+        (f"each {places_word(report)[:-1]} alone", ["fvu", "l0", "ce", "ce mean", "KL", "same top"]),
         *((short(hook), values) for hook, values in each),
     ]
     return [
         (
             "stack",
-            f"{report['kind']}, {report['layers']} layers  {encoder_words(report['encoder'])}  {report['n_latents']:,} latents",
+            f"{report['kind']}, {report['layers']} {places_word(report)}  {encoder_words(report['encoder'])}  "
+            f"{report['n_latents']:,} latents",
         ),
-        ("fvu", f"{show(report['fvu_layer_mean'])}   mean over layers, on {report['tokens']:,} held-out tokens"),
-        ("l0", f"{show(report['l0_total'])}   all layers together   {dead_words(report)}"),
+        ("fvu", f"{show(report['fvu_layer_mean'])}   mean over {places_word(report)}, on {report['tokens']:,} held-out tokens"),
+        ("l0", f"{show(report['l0_total'])}   all {places_word(report)} together   {dead_words(report)}"),
         *((name, "".join(f"{value:>{width}}" for value in values)) for name, values in rows),
     ]

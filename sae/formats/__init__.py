@@ -17,7 +17,7 @@ from ..dictionary import SparseDictionary
 from ..suggestions import require_choice
 from .base import Format, Read, ReadOptions, SetFormat
 from .batch_topk_repo import BatchTopKRepository
-from .canonical import CanonicalCrossLayer, CanonicalSAE
+from .canonical import CanonicalCrosscoder, CanonicalCrossLayer, CanonicalSAE
 from .circuit_tracer import CircuitTracer
 from .conversion import from_dictionary, to_dictionary
 from .dictionary_learning import DictionaryLearning
@@ -184,7 +184,7 @@ def read_canonical(source: SourceFiles, format: str | None = None, options: Read
     several: dict[str, CanonicalSAE] = {}
     for (where, _, _), result in zip(found, results, strict=True):
         for hook, n in result.items() if isinstance(result, dict) else [(hook_of(result) or where.name, result)]:
-            if hook in several or isinstance(n, CanonicalCrossLayer):
+            if hook in several or isinstance(n, CanonicalCrossLayer | CanonicalCrosscoder):
                 raise ValueError(f"{source}: expected one dictionary for each hook, got two for {hook}. Load them one by one.")
             several[hook] = n
     if options.hook is None:
@@ -206,7 +206,7 @@ def _read(where: SourceFiles, f: Format, options: ReadOptions) -> Read:
         ) from error
 
 
-def is_for(n: CanonicalSAE | CanonicalCrossLayer, hook: str) -> bool:
+def is_for(n: CanonicalSAE | CanonicalCrossLayer | CanonicalCrosscoder, hook: str) -> bool:
     """Return True if a dictionary reads or writes the hook, given as a module path or a TransformerLens name."""
     model = (n.provenance.get("model") or {}).get("id")
     return bool(
@@ -214,7 +214,11 @@ def is_for(n: CanonicalSAE | CanonicalCrossLayer, hook: str) -> bool:
     )
 
 
-def _of_hook(n: CanonicalSAE | CanonicalCrossLayer, hook: str | None) -> CanonicalSAE | CanonicalCrossLayer:
+# One dictionary, or one of several sites.
+Single = CanonicalSAE | CanonicalCrossLayer | CanonicalCrosscoder
+
+
+def _of_hook(n: Single, hook: str | None) -> Single:
     if hook is not None and hook_of(n) is not None and not is_for(n, hook):
         raise ValueError(f"hook: expected {hook_of(n)}, the hook of this dictionary, got {hook!r}.")
     return n
@@ -300,12 +304,12 @@ def _renamed_model(n: CanonicalSAE | CanonicalCrossLayer) -> tuple[str, ...]:
     return () if name == model else (f"the model's local folder written by its name alone, {name}",)
 
 
-def hook_of(n: CanonicalSAE | CanonicalCrossLayer) -> str | None:
+def hook_of(n: CanonicalSAE | CanonicalCrossLayer | CanonicalCrosscoder) -> str | None:
     """Return the output hook of a dictionary, or ``None`` if it is unknown."""
     return next(iter(n.provenance.get("hooks_out") or ()), None)
 
 
-def provenance_of(n: CanonicalSAE | CanonicalCrossLayer) -> dict[str, Any]:
+def provenance_of(n: CanonicalSAE | CanonicalCrossLayer | CanonicalCrosscoder) -> dict[str, Any]:
     """Return the provenance to store in a native checkpoint, with the conversion's evidence, notes, and warnings."""
     converted = {"evidence": n.evidence, "done": list(n.done), "warnings": list(n.warnings)}
     return n.provenance | {"converted": converted}
@@ -320,4 +324,6 @@ def _checked(where: SourceFiles, read: Read, evidence: str) -> Read:
         }
     if isinstance(read, CanonicalCrossLayer):
         return read.noting(*words, warnings=(*read.warnings, *check_layers(read, where)), evidence=evidence)
+    if isinstance(read, CanonicalCrosscoder):
+        return read.noting(*words, warnings=(*read.warnings, *check(read.whole, where)), evidence=evidence)
     return read.noting(*words, warnings=tuple(check(read, where)), evidence=evidence)

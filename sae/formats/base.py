@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .canonical import CanonicalCrossLayer, CanonicalSAE
+from .canonical import CanonicalCrosscoder, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
 
-# One dictionary, a cross-layer transcoder, or several dictionaries keyed by output hook.
-Read = CanonicalSAE | CanonicalCrossLayer | dict[str, CanonicalSAE]
+# One dictionary, a cross-layer transcoder, a crosscoder, or several dictionaries keyed by output hook.
+Read = CanonicalSAE | CanonicalCrossLayer | CanonicalCrosscoder | dict[str, CanonicalSAE]
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,27 @@ class CanonicalCrossLayer:
         return replace(self, done=(*self.done, *words), **changes)
 
 
+@dataclass(frozen=True)
+class CanonicalCrosscoder:
+    """Crosscoder: ``whole`` is one dictionary of the concatenated sites, in units in which site ``s`` is ``scales[s] x^s``.
+
+    ``widths`` are those of the sites. ``provenance``, ``done``, ``evidence``, and ``warnings`` refer to the crosscoder.
+    """
+
+    whole: CanonicalSAE
+    widths: tuple[int, ...]
+    scales: tuple[float, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    done: tuple[str, ...] = ()
+    evidence: str = ""
+    warnings: tuple[str, ...] = ()
+    kind: str = "crosscoder"
+
+    def noting(self, *words: str, **changes: Any) -> "CanonicalCrosscoder":
+        """Return a copy with fields changed and descriptions of the changes appended to ``done``."""
+        return replace(self, done=(*self.done, *words), **changes)
+
+
 @torch.no_grad()
 def forward(
     n: CanonicalSAE, x: Float[Tensor, "tokens d_in"]

@@ -18,11 +18,13 @@ from ..dictionary import SparseDictionary
 from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
 from ..one_site import OneSiteDictionary
-from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .canonical import ActivationFn, CanonicalCrosscoder, CanonicalCrossLayer, CanonicalSAE
 from .folding import EQUAL, equal_norms, fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
 
 
-def to_dictionary(n: CanonicalSAE | CanonicalCrossLayer, dtype: torch.dtype | None = torch.float32) -> SparseDictionary:
+def to_dictionary(
+    n: CanonicalSAE | CanonicalCrossLayer | CanonicalCrosscoder, dtype: torch.dtype | None = torch.float32
+) -> SparseDictionary:
     """Build a native dictionary in eval mode; ``dtype=None`` keeps the decoder's dtype.
 
     Raises:
@@ -30,6 +32,8 @@ def to_dictionary(n: CanonicalSAE | CanonicalCrossLayer, dtype: torch.dtype | No
     """
     if isinstance(n, CanonicalCrossLayer):
         return _cross_layer(n, dtype)
+    if isinstance(n, CanonicalCrosscoder):
+        return _crosscoder(n, dtype)
     n = representable(n)
     own = dtype or n.W_dec.dtype
     encoder, state = encoder_of(n)
@@ -157,6 +161,17 @@ def _cross_layer(n: CanonicalCrossLayer, dtype: torch.dtype | None) -> SparseDic
         "encoder": specs[0],
     } | ({"skip": True} if skip else {})
     return _assembled(arguments, state, dtype or first.W_dec.dtype)
+
+
+def _crosscoder(n: CanonicalCrosscoder, dtype: torch.dtype | None) -> SparseDictionary:
+    whole = representable(n.whole)
+    spec, state = encoder_of(whole)
+    scale = (1 / _number(list(n.scales))).repeat_interleave(torch.tensor(n.widths))
+    state |= _weights(whole) | {"in_scale": scale, "out_scale": scale.clone()}
+    names = n.provenance.get("hooks_out") or [str(number) for number in range(len(n.widths))]
+    sizes = {"widths": list(n.widths), "n_latents": whole.n_latents, "names": list(names)}
+    arguments = {"kind": "crosscoder", **sizes, "apply_b_dec_to_input": False, "encoder": spec}
+    return _assembled(arguments, state, dtype or whole.W_dec.dtype)
 
 
 def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> SparseDictionary:

@@ -6,15 +6,16 @@ repositories' own descriptions.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import Format, Read, ReadOptions, require_keys, require_shape
-from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .canonical import ActivationFn, CanonicalCrosscoder, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
 from .origin import origin, reading_before_norm, with_origin
 
@@ -37,7 +38,10 @@ SITES_2 = {
     "mlp_out": ("post_feedforward_layernorm:out", "post_feedforward_layernorm:out"),
     "transcoder": ("pre_feedforward_layernorm:out", "post_feedforward_layernorm:out"),
     "clt": ("pre_feedforward_layernorm:out", "post_feedforward_layernorm:out"),
+    "crosscoder": (":out", ":out"),
 }
+# Layers of a crosscoder in the name of its folder.
+CROSSCODER = re.compile(r"layer_(\d+(?:_\d+)+)_width_")
 BOS = "its first token was excluded from training: leave position 0 out of any measure"
 
 
@@ -199,8 +203,30 @@ def spelt(hook: Any) -> str | None:
     return hook if ":" in hook else f"{hook}:out"
 
 
-def _cross_layer(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> CanonicalCrossLayer:
+def _not_causal(layers: Sequence[CanonicalSAE], provenance: dict[str, Any], warnings: tuple[str, ...]) -> CanonicalCrosscoder:
+    """Return a crosscoder of all sites from its latents by the site they read; decoders are latents by sites by width."""
+    assert all(n.W_enc is not None and n.b_enc is not None and n.gate.threshold is not None for n in layers)
+    width = layers[0].b_out.shape[0]
+    whole = CanonicalSAE(
+        kind="sae",
+        W_enc=torch.block_diag(*(n.W_enc for n in layers)),  # pyright: ignore[reportArgumentType]
+        b_enc=torch.cat([n.b_enc for n in layers]),  # pyright: ignore[reportArgumentType, reportCallIssue]
+        W_dec=torch.cat([n.W_dec.flatten(1) for n in layers]),
+        b_out=torch.cat([n.b_out for n in layers]),
+        gate=ActivationFn("threshold", threshold=torch.cat([n.gate.threshold for n in layers])),  # pyright: ignore
+    )
+    words = ("W_enc transposed", f"{len(layers)} files joined")
+    sizes = (width,) * len(layers), (1.0,) * len(layers)
+    return CanonicalCrosscoder(whole, *sizes, provenance, words, warnings=warnings)
+
+
+def _cross_layer(
+    source: SourceFiles, config: dict[str, Any], options: ReadOptions
+) -> CanonicalCrossLayer | CanonicalCrosscoder:
     """Read a cross-layer transcoder from one file per source layer; decoders to earlier layers are padding and dropped.
+
+    A weakly causal crosscoder is one whose layers read and write the residual stream: each latent reads one layer, and writes
+    to that and later ones. If it also writes to earlier layers, it is a crosscoder whose encoder is zero at all sites but one.
 
     Raises:
         ValueError: If layers are missing.
@@ -212,16 +238,24 @@ def _cross_layer(source: SourceFiles, config: dict[str, Any], options: ReadOptio
             f"{source}: expected one file for each layer from 0, got layers {', '.join(map(str, numbers)) or 'none'}. "
             "Download the missing files, or move each set of files to a folder of its own."
         )
-    layers, dropped = [], 0
+    sites = CROSSCODER.findall(f"{source}/")
+    if sites and len(sites[-1].split("_")) != len(files):
+        raise ValueError(f"{source}: expected a file for each of the layers {sites[-1].replace('_', ', ')}, got {len(files)}.")
+    layers, dropped, whole = [], 0, []
     for i, name in enumerate(files):
         where = source.path(name)
         n = _dictionary(where, source.tensors(name), "transcoder")
         require_shape(where, "W_dec, latents by layers by width", tuple(n.W_dec.shape), (None, len(files), n.b_out.shape[0]))
         dropped += bool(n.W_dec[:, :i].any())
+        whole.append(n)
         layers.append(replace(n, W_dec=n.W_dec[:, i:].flatten(1)))
-    places = [_hooks(config, f"{source}/{name}", i) for i, name in enumerate(files)]
+    numbers = [int(layer) for layer in sites[-1].split("_")] if sites else numbers
+    places = [_hooks(config, f"{source}/{name}", layer) for layer, name in zip(numbers, files, strict=True)]
     reads, writes = [place[0] for place in places], [place[1] for place in places]
     provenance, warnings = origin(GemmaScope.name, config, options.model or places[0][2], reads, writes, options)
+    if dropped and sites:
+        doubt = f"latents of {dropped} layers also write to earlier layers: not weakly causal"
+        return _not_causal(whole, provenance, (*warnings, doubt, BOS))
     if dropped:
         warnings.append(f"decoders of {dropped} layers to layers before their own are not zero: padding, left out")
     words = ("W_enc transposed", "decoders to layers before the source left out", f"{len(files)} files joined")

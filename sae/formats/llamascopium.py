@@ -1,4 +1,4 @@
-"""llamascopium, formerly Language-Model-SAEs: SAEs and (cross-layer) transcoders in ``config.json`` and ``sae_weights``.
+"""llamascopium, formerly Language-Model-SAEs: dictionaries of all its kinds, in ``config.json`` and ``sae_weights``.
 
 Also reads Llama Scope R1-Distill, written by the same library under earlier names. ``norm_activation`` says whether weights
 are in normalized units. Source: the code of llamascopium 2.0.0b34.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Format, Read, ReadOptions, require_keys, require_shape
-from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .canonical import ActivationFn, CanonicalCrosscoder, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
 from .llama_scope import kind_of, scale_of, scale_words
 from .origin import origin, reading_before_norm, with_origin
@@ -67,8 +67,12 @@ class Llamascopium(Format):
         kind = config.get("sae_type", "sae")
         if kind == "clt":
             return _cross_layer(where, config, tensors, words, options)
+        if kind == "crosscoder":
+            return _crosscoder(where, config, tensors, options)
         if kind not in ("sae", "transcoder"):
-            raise ValueError(f"{where}: sae_type: expected sae, transcoder or clt, got {kind!r}, which is not supported.")
+            raise ValueError(
+                f"{where}: sae_type: expected sae, transcoder, clt or crosscoder, got {kind!r}, which is not supported."
+            )
         return one(where, config, tensors, words, options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
@@ -158,6 +162,59 @@ def _cross_layer(
     return CanonicalCrossLayer(
         tuple(layers), provenance, tuple(dict.fromkeys(done)), warnings=(*dict.fromkeys(doubts), *warnings)
     )
+
+
+def _crosscoder(
+    where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], options: ReadOptions
+) -> CanonicalCrosscoder:
+    """Read a crosscoder: matrices by site, pre-activations summed over sites.
+
+    The library gates a latent at every site by its value times its norm there. That is one code for all sites only if the gate
+    is relu, or a latent's norms are equal at all sites.
+
+    Raises:
+        ValueError: If a tensor is missing or has another shape, or the gates of a latent differ by site.
+    """
+    hooks = config.get("hook_points")
+    if not isinstance(hooks, list) or len(hooks) < 2:
+        raise ValueError(f"{where}: hook_points: expected a list of two or more hooks, got {hooks!r}.")
+    names, count = ("W_E", "b_E", "W_D", "b_D"), len(hooks)
+    require_keys(where, tensors, names)
+    _require_known(where, tensors, (*names, LOG_THRESHOLD))
+    width = tensors["b_D"].shape[-1] if tensors["b_D"].ndim else 0
+    latents = tensors["b_E"].shape[-1] if tensors["b_E"].ndim else 0
+    sizes = {"W_E": (count, width, latents), "b_E": (count, latents), "W_D": (count, latents, width), "b_D": (count, width)}
+    for name, size in sizes.items():
+        require_shape(where, f"{name}, sites first", tuple(tensors[name].shape), size)
+    gate, norms = _activation_fn(where, config, tensors.get(LOG_THRESHOLD), options), tensors["W_D"].float().norm(dim=-1)
+    if gate.name == "relu":
+        gate = ActivationFn("relu")
+    elif not torch.allclose(norms, norms[:1].expand_as(norms), rtol=1e-4):
+        raise ValueError(
+            f"{where}: act_fn: {config.get('act_fn')} gates a latent at each site by its value times its norm there, and "
+            "the norms differ: its code is not one code of all sites. Only crosscoders with relu, or with equal norms, load."
+        )
+    elif gate.threshold is not None:
+        # Of one site: norms over all sites together are larger.
+        gate = ActivationFn("threshold", threshold=gate.threshold / norms[0].clamp_min(torch.finfo(torch.float32).tiny))
+    how, doubts, scales = config.get("norm_activation", "dataset-wise"), [], [1.0] * count
+    if how == "dataset-wise":
+        scales = [scale_of(where, hook, mean_norm(where, config, tensors, hook, "in"), width) for hook in hooks]
+    elif how == "inference":
+        doubts.append("norms are folded already, which the library does exactly only where they are equal at all sites")
+    else:
+        raise ValueError(f"{where}: norm_activation: expected dataset-wise or inference for a crosscoder, got {how!r}.")
+    whole = CanonicalSAE(
+        kind="sae",
+        W_enc=tensors["W_E"].flatten(0, 1).T,
+        b_enc=tensors["b_E"].sum(0),
+        W_dec=torch.cat(list(tensors["W_D"]), dim=1),
+        b_out=tensors["b_D"].flatten(),
+        gate=gate,
+    )
+    provenance, warnings = origin(Llamascopium.name, config, config.get("model_name"), hooks, hooks, options)
+    words = ("W_E transposed", "matrices of the sites joined", "encoder biases of the sites summed")
+    return CanonicalCrosscoder(whole, (width,) * count, tuple(scales), provenance, words, warnings=(*doubts, *warnings))
 
 
 def with_bias(config: Mapping[str, Any], tensors: dict[str, Tensor], name: str, width: int) -> dict[str, Tensor]:

@@ -55,6 +55,8 @@ TOLERANCE = 0.02
 # Two runs this near each other in l0 are interpolated.
 NEAR = 1.25
 TRIES = 8
+# A change of log l0, by a factor of 8 in a penalty, that is no change.
+STUCK = 0.03
 
 # What sets the sparsity: a whole number per token, a number per token, or the weight of a penalty; and where to begin.
 WHOLE, REAL, PENALTY = "whole", "real", "penalty"
@@ -240,7 +242,9 @@ class Comparison:
             tried[knob] = found
             if abs(found["l0"] / case.k - 1) <= TOLERANCE:
                 return found | {"matched": "run"}
-            if between(list(tried.values()), case.k) is not None:
+            last = [math.log(max(run["l0"], 1e-3)) for run in tried.values()][-2:]
+            # Nothing to interpolate any more, or a penalty that no longer moves l0: thresholds that learn too slowly.
+            if between(list(tried.values()), case.k) or (len(tried) > 2 and abs(last[1] - last[0]) < STUCK):
                 break
             knob = next_knob({knob: run["l0"] for knob, run in tried.items()}, case.k, kind)
         if not tried:
@@ -374,11 +378,9 @@ def table(rows: Sequence[dict[str, Any]], name: str) -> str:
             spread = f" ± {format(sd, form)}" if sd is not None and key in FIGURES[name][:1] else ""
             cells.append(format(mean, form) + spread)
         ours = next((r for r in rows if (r["family"], r["library"]) == (row["family"], OURS)), None)
-        ratio = (
-            ""
-            if row["library"] == OURS or ours is None
-            else f"{ours[FIGURES[name][0]]['mean'] / row[FIGURES[name][0]]['mean']:.2f}"
-        )
+        first, ratio = FIGURES[name][0], ""
+        if row["library"] != OURS and ours is not None and "no" not in row["matched"]:
+            ratio = f"{ours[first]['mean'] / row[first]['mean']:.2f}"
         cells.append(ratio + (f", {verdict_words(row['difference'])}" if "difference" in row else ""))
         marks = {"interpolated": "interpolated", "no": "not at this l0"}
         notes = [row["variant"], *(marks[word] for word in row["matched"] if word in marks)]

@@ -11,6 +11,7 @@ from sparsary.sae.encoders import ENCODERS, build_encoder
 from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.divided import own_part, whole_tensors
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
+from sparsary.transcoders import Crosscoder
 
 TOKENS, D = 36, 11
 
@@ -77,6 +78,21 @@ def test_ranks_with_dense_and_with_sparse_codes_compute_the_same(on_mesh, monkey
 def test_ranks_divide_the_latents_of_every_layer(on_mesh, spec, joint, mesh):
     def build():
         return CrossLayerTranscoder(3, 3 * D, 3 * D, 3 * 16, build_encoder(spec), joint)
+
+    compare_with_whole(on_mesh, spec, mesh, build=build)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": "batch_topk", "k": 3}, {"name": "relu", "target_l0": 3}, {"name": "jumprelu", "target_l0": 3, "penalty": "tanh"}],
+    ids=lambda spec: spec["name"],
+)
+def test_a_crosscoder_is_divided_as_an_sae_is(on_mesh, spec, mesh):
+    def build():
+        crosscoder = Crosscoder([6, 5], 32, build_encoder(spec))
+        crosscoder.in_scale[:6] = crosscoder.out_scale[:6] = 1.7
+        return crosscoder
 
     compare_with_whole(on_mesh, spec, mesh, build=build)
 

@@ -260,7 +260,7 @@ def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
 
 def test_layers_of_tensors_stand_side_by_side(values, pairs):
     values["dictionary"] = cross_layer()
-    with pytest.raises(ValueError, match=r"activations: expected a width divisible by the 4 layers, got 19\."):
+    with pytest.raises(ValueError, match=r"activations: expected a width divisible by the 4 hooks, got 19\."):
         train_recipe(resolve_recipe(check_recipe(values, "recipe")), pairs)
     wide = [{"x": pair["x"][:, :16], "target": pair["target"][:, :12]} for pair in pairs]
     dictionary = load_dictionary(

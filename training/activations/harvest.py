@@ -88,7 +88,7 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
     of_model, of_text = model_problems(recorded, content), text_problems(recorded, text)
     names: set[tuple[str, ...]] = set()
     if content["model"] and content["model"] == recorded.get("model"):
-        names |= {("model", "id"), ("model", "revision")}
+        names |= {("model", "id"), ("model", "revision"), ("model", "tuned", "id")}
     if of_text == []:
         names |= {("text", "files"), ("text", "dataset"), ("text", "dataset_revision")}
     return names, of_model + (of_text or [])
@@ -106,6 +106,8 @@ def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSect
     """Return the part of the identity that is known without loading the model."""
     entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
     entries["model", "quantization"] = model.quantization
+    for key in ("id", "dtype", "quantization"):
+        entries["model", "tuned", key] = None if model.tuned is None else getattr(model.tuned, key)
     # The handling of bad rows decides whether a harvest fails, not what it stores.
     read = text.model_dump(mode="json", exclude={"on_bad_row", "max_bad_share"})
     entries |= {("text", key): value for key, value in read.items()}

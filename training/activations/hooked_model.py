@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
 from .document_masks import DocumentMasks, Pass
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
+from .model_pair import EnoughSeen, hook_path, side_of
 from .placement import input_device, is_spread, on_device
-
-
-class EnoughSeen(Exception):  # noqa: N818 - not an error
-    """Control flow that ends a forward pass once the last hook has been read."""
 
 
 class HookedModel:
@@ -89,6 +86,8 @@ class HookedModel:
                     raise EnoughSeen
                 # Later modules may modify this tensor in place.
                 seen[hook] = x.detach().clone()
+                if all(other in seen for other in hooks if side_of(other) == side_of(hook)):
+                    raise EnoughSeen(of_all=False)
 
             return reader
 
@@ -203,7 +202,7 @@ class HookedModel:
             HookError: If there is no such module; the message lists the nearest hooks.
         """
         path, _, side = hook.rpartition(":")
-        modules = dict(self.module.named_modules())
+        modules = {hook_path(self.module, name): part for name, part in self.module.named_modules()}
         if path not in modules or not path or side not in ("in", "out"):
             near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
             choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)

@@ -182,6 +182,7 @@ class LiveStream(ActivationStream):
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
         self.start_tokens = max(start_tokens, section.live_buffer_tokens)
         self._sampled: _Sampled | None = None
+        self._widths: dict[str, int] = {}
         self._moments: tuple[Moments, Moments] | None = None
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
@@ -259,7 +260,13 @@ class LiveStream(ActivationStream):
         return ActivationBatch(x, self._columns(rows, "x", self.hooks_out) if self.hooks_out != self.hooks_in else None)
 
     def _columns(self, rows: HarvestedRows, kind: str, hooks: tuple[str, ...]) -> Tensor:
-        return side_by_side([rows.tensors[f"{kind}:{hook}"] for hook in hooks])
+        columns = [rows.tensors[f"{kind}:{hook}"] for hook in hooks]
+        self._widths |= {hook: column.shape[1] for hook, column in zip(hooks, columns, strict=True)}
+        return side_by_side(columns)
+
+    def hook_widths(self) -> dict[str, int]:
+        # Known from the first sample on.
+        return self._widths
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         found: list[ActivationBatch] = []

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder, remembered
 from ..embedded import MODEL_DIR
-from ..recipe import ModelSection
-from ..tokens import tokenizer_contents
+from ..recipe import ModelSection, TunedSection
+from ..tokens import tokenizer_contents, tokenizer_digest
 from .hooked_model import HookedModel, next_token_loss
 from .memory_models import beneath, held, hold, parameters_digest
+from .model_pair import NAMES, ModelPair, hooks_of, require_equal_tokenizers
 from .partial_model import class_without, unneeded_modules
 from .placement import quantization_options
 from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
@@ -54,16 +55,25 @@ class LanguageModel(HookedModel):
         """Number format of the weights, as the recipe section has it: ``dtype`` and, if they are quantized, how."""
         if self.section is None:
             return {"dtype": str(next(self.module.parameters()).dtype).removeprefix("torch.")}
-        quantized = self.section.quantization
-        return {"dtype": self.section.dtype} | ({} if quantized is None else {"quantization": quantized})
+        return _precision(self.section) | ({} if self.section.tuned is None else {"tuned": self._tuned_identity()})
+
+    def _tuned_identity(self) -> dict[str, Any]:
+        """Return id, revision and number format of a pair's tuned model."""
+        pair = None if self.section is None else self.section.pair
+        assert pair is not None
+        tuned = pair[1]
+        return {"id": tuned.id, "revision": _commit(tuned) or tuned.revision, **_precision(tuned)}
 
     def content(self) -> Content:
         """Return identifiers of model and tokenizer: file digests or commit, or a digest of the parameters if not loaded."""
         if self.section is None:
-            known = held(self.id)
+            known = None if isinstance(self.module, ModelPair) else held(self.id)
             model = {"parameters": parameters_digest(self.module) if known is None else known.parameters}
         else:
             model = _source_content(self.section, self.revision)
+            if self.section.pair is not None:
+                tuned = self.section.pair[1]
+                model |= {"tuned": _source_content(tuned, _commit(tuned))}
         return {"model": model} | tokenizer_contents(self.tokenizer)
 
     @classmethod
@@ -200,6 +210,42 @@ class LanguageModel(HookedModel):
             return float(next_token_loss(self.run(ids), ids).mean())
 
 
+def _precision(section: ModelSection) -> dict[str, Any]:
+    return {"dtype": section.dtype} | ({} if section.quantization is None else {"quantization": section.quantization})
+
+
+def paired(base: LanguageModel, tuned: LanguageModel) -> LanguageModel:
+    """Return a model and its fine-tuned copy as one, whose hooks are ``base/HOOK`` and ``tuned/HOOK``.
+
+    >>> m = LanguageModel.from_pretrained("embedded", device="cpu")
+    >>> list(paired(m, m).widths(("base/transformer.h.2:out", "tuned/transformer.h.0:out")).values())
+    [128, 128]
+
+    Raises:
+        ValueError: If their tokenizers differ.
+    """
+    if base.tokenizer is not None and tuned.tokenizer is not None:
+        digests = [tokenizer_digest(base.tokenizer), tokenizer_digest(tuned.tokenizer)]
+        require_equal_tokenizers((base.id, tuned.id), digests)
+    section = None
+    if base.section is not None and tuned.section is not None:
+        section = base.section.model_copy(update={"tuned": TunedSection(**tuned.section.model_dump(exclude={"tuned"}))})
+    return LanguageModel(ModelPair(base.module, tuned.module), base.tokenizer, base.id, base.revision, section)
+
+
+def each_model(model: LanguageModel) -> tuple[LanguageModel, ...]:
+    """Return the two models of a pair, or the model itself."""
+    if not isinstance(model.module, ModelPair):
+        return (model,)
+    sections = (None, None) if model.section is None else model.section.pair
+    assert sections is not None
+    modules = (model.module.base, model.module.tuned)
+    return tuple(
+        LanguageModel(module, model.tokenizer, name if section is None else section.id, None, section)
+        for name, section, module in zip(NAMES, sections, modules, strict=True)
+    )
+
+
 def resolve_device(name: str) -> torch.device:
     """Return a device by name; ``auto`` is a GPU if there is one."""
     if name == "auto":
@@ -219,6 +265,8 @@ def load_model(section: ModelSection) -> LanguageModel:
         RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
         ValueError: If it cannot be loaded; the message names the offline alternative.
     """
+    if section.pair is not None:
+        return paired(*map(load_model, section.pair))
     if (known := held(section.id)) is not None:
         return LanguageModel(known.module, known.tokenizer, section.id, None)
     log.info("loading model %s", section.id)
@@ -235,6 +283,8 @@ def load_model_for(section: ModelSection, hooks: tuple[str, ...], outline: Langu
     Raises:
         RemoteCodeRefused, ValueError: As ``load_model``.
     """
+    if section.pair is not None and isinstance(outline.module, ModelPair):
+        return _pair_for(section.pair, hooks, outline.module)
     if section.truncate == "never" or outline.section is not None or held(section.id) is not None:
         return load_model(section)
     try:
@@ -257,6 +307,18 @@ def load_model_for(section: ModelSection, hooks: tuple[str, ...], outline: Langu
         )
         return load_model(section)
     return model
+
+
+def _pair_for(sections: tuple[ModelSection, ModelSection], hooks: tuple[str, ...], outline: ModelPair) -> LanguageModel:
+    """Load what reading activations at these hooks runs of both models of a pair."""
+    loaded = []
+    for name, section, module in zip(NAMES, sections, (outline.base, outline.tuned), strict=True):
+        own = hooks_of(hooks, name)
+        # The pass of a model without hooks is not ended early.
+        loaded.append(
+            load_model_for(section, own, LanguageModel(module, None, section.id, None)) if own else load_model(section)
+        )
+    return paired(*loaded)
 
 
 def _span(paths: tuple[str, ...]) -> str:
@@ -314,8 +376,12 @@ def load_tokenizer(section: ModelSection) -> Any:
     """Load the tokenizer of a recipe's model.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or those of two models differ.
     """
+    if section.pair is not None:
+        base, tuned = map(load_tokenizer, section.pair)
+        require_equal_tokenizers([each.id for each in section.pair], [tokenizer_digest(base), tokenizer_digest(tuned)])
+        return base
     if (known := held(section.id)) is not None:
         return known.tokenizer
     with _explained(section):
@@ -331,6 +397,8 @@ def skeleton(section: ModelSection) -> LanguageModel:
         RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
         ValueError: If the configuration cannot be loaded.
     """
+    if section.pair is not None:
+        return paired(*map(skeleton, section.pair))
     if held(section.id) is not None:
         return load_model(section)
     config, model_class = _causal_config(section)
@@ -390,8 +458,14 @@ def section_content(section: ModelSection) -> Content:
     """Return the ``content()`` of the model that a recipe names, without loading its weights.
 
     Raises:
-        ValueError: If its tokenizer or configuration cannot be loaded.
+        ValueError: If its tokenizer or configuration cannot be loaded, or the tokenizers of two models differ.
     """
+    if section.pair is not None:
+        base, tuned = map(section_content, section.pair)
+        if base["tokenizer"] != tuned["tokenizer"]:
+            # Special tokens may differ: those of the base count.
+            load_tokenizer(section)
+        return base | {"model": base["model"] | {"tuned": tuned["model"]}}
 
     if (known := held(section.id)) is not None:
         return {"model": {"parameters": known.parameters}} | tokenizer_contents(known.tokenizer)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .hidden_states import HookError
-from .hooked_model import EnoughSeen, attach
+from .hooked_model import attach
 from .model import LanguageModel
+from .model_pair import EnoughSeen
 
 # Arguments of one call of a model: by name, in order, or a single one.
 ModelInput = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor

@@ -3,11 +3,15 @@
 A site of a dictionary reads the activation at ``hook_in``, and its reconstruction replaces the activation at ``hook_out``:
 the same hook for an SAE, the two sides of the MLP for a transcoder, those of every MLP for a cross-layer transcoder. Later
 layers and other dictionaries read the reconstruction, and gradients flow through it.
+
+A crosscoder's code needs the activations at all its sites before the first is replaced. The unmodified model is therefore run
+first, up to the last site, and the code is that of its activations, without dictionaries, and a constant for gradients of
+inputs.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 
 from ...sae import SparseCode, SparseDictionary
 from ...sae.suggestions import require_choice
-from .hooked_model import HookedModel
+from .hooked_model import EnoughSeen, HookedModel
 
 OPERATIONS = ("set", "add", "scale", "clamp")
 # Index of the insertion, and of its site.
@@ -28,8 +32,8 @@ TokenPlace = tuple[int, int]
 class Insertion:
     """Dictionary and its hooks: site ``s`` reads the activation at ``hooks_in[s]`` and replaces that at ``hooks_out[s]``.
 
-    A cross-layer dictionary has one site per layer, any other a single one. ``written`` lists the sites that replace an
-    activation (default: all); the others only read.
+    A cross-layer dictionary has one site per layer, a crosscoder one per hook, any other a single one. ``written`` lists the
+    sites that replace an activation (default: all); the others only read.
     """
 
     dictionary: SparseDictionary
@@ -59,7 +63,8 @@ class Intervention:
     ``operation`` is ``set``, ``add`` or ``scale`` by ``value`` (a number or one per latent), or ``clamp`` between ``low`` and
     ``high``, all in the units of the code (one unit is ``out_scale`` of output). ``positions`` is ``"all"``, a list of
     positions of every context, a mask ``(contexts, positions)`` or, in generation, ``"new"`` for those after the prompt.
-    Latents are numbered within their site. Several edits of the same latents apply in order.
+    Latents are numbered within their site; those of a crosscoder, which have no site of their own, are edited at all sites.
+    Several edits of the same latents apply in order.
     """
 
     operation: str
@@ -145,6 +150,9 @@ class Splice:
         self._inputs: dict[TokenPlace, Tensor] = {}
         self._unedited: dict[TokenPlace, SparseCode] = {}
         self._written: set[TokenPlace] = set()
+        # Of insertions whose sites share one code: the code, and the unmodified activations it needs while they are read.
+        self._shared: dict[int, SparseCode] = {}
+        self._unmodified: dict[str, Tensor] | None = None
         self._require_valid()
 
     def _require_valid(self) -> None:
@@ -178,15 +186,43 @@ class Splice:
         with self._model.hooked(readers), ExitStack() as stack:
             for path in self._idle(readers):
                 stack.enter_context(_shape_only(self._model.find(f"{path}:out")[0]))
-            stack.callback(self._model.module.register_forward_pre_hook(self._begin).remove)
+            stack.callback(self._model.module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.callback(self._model.module.register_forward_hook(self._end).remove)
             yield self
 
-    def _begin(self, _module: nn.Module, _args: tuple) -> None:
-        for left in (self.codes, self.errors, self._inputs, self._unedited, self._written):
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._unmodified is not None:
+            return
+        for left in (self.codes, self.errors, self._inputs, self._unedited, self._written, self._shared):
             left.clear()
+        hooks = self._read_ahead()
+        seen = self._unmodified_at(lambda: module(*args, **kwargs)) if hooks else {}
+        # None of them is seen in a pass that only finds out how modules lay out their tensors.
+        if seen and (missing := [hook for hook in hooks if hook not in seen]):
+            raise ValueError(f"{missing[0]}: the model never ran this module. Choose a hook that is part of its forward pass.")
+        for index, insertion in enumerate(self._insertions if seen else ()):
+            if insertion.dictionary.shares_code:
+                rows = [self._rows(seen[hook]).to(insertion.dictionary.in_scale.dtype) for hook in insertion.hooks_in]
+                self._shared[index] = insertion.dictionary.encode(rows)
+
+    def _unmodified_at(self, run: Callable[[], Any]) -> dict[str, Tensor]:
+        """Return the activations of the unmodified model at the hooks to be read ahead."""
+        seen = self._unmodified = {}
+        try:
+            with torch.no_grad(), suppress(EnoughSeen):
+                run()
+        finally:
+            self._unmodified = None
+        return seen
+
+    def _read_ahead(self) -> list[str]:
+        """Return the hooks of dictionaries whose code needs the activations at all their sites."""
+        shared = (insertion for insertion in self._insertions if insertion.dictionary.shares_code)
+        return list(dict.fromkeys(hook for insertion in shared for hook in insertion.hooks_in))
 
     def _end(self, *_: Any) -> None:
+        if self._unmodified is not None:
+            return
         for index, insertion in enumerate(self._insertions):
             for site in insertion.sites:
                 if (index, site) not in self._written:
@@ -199,11 +235,13 @@ class Splice:
         """Return the reader for each hook: a dictionary that replaces the tensor runs first, others read its reconstruction."""
         reads: dict[str, list[TokenPlace]] = {}
         writes: dict[str, TokenPlace] = {}
+        ahead = self._read_ahead()
         for index, insertion in enumerate(self._insertions):
             for site in insertion.sites:
                 writes[insertion.hooks_out[site]] = index, site
-            # Sites after the last written one need not be read.
-            for site in range(max(insertion.sites, default=-1) + 1):
+            # Sites after the last written one need not be read. With one code for all, it is known before any is.
+            before = range(max(insertion.sites, default=-1) + 1)
+            for site in insertion.sites if insertion.dictionary.shares_code else before:
                 reads.setdefault(insertion.hooks_in[site], []).append((index, site))
 
         def reader(hook: str) -> Callable[[Tensor], Tensor | None]:
@@ -211,6 +249,8 @@ class Splice:
 
             def act(x: Tensor) -> Tensor | None:
                 _require_contexts(hook, x)
+                if self._unmodified is not None:
+                    return self._keep(hook, x, ahead)
                 changed = None
                 if place is not None:
                     if place in readers:
@@ -223,11 +263,21 @@ class Splice:
 
             return act
 
-        return {hook: reader(hook) for hook in (*reads, *writes)}
+        return {hook: reader(hook) for hook in (*reads, *writes, *ahead)}
+
+    def _keep(self, hook: str, x: Tensor, wanted: Sequence[str]) -> None:
+        """Keep an activation of the unmodified model, which is run no further than the last that is wanted."""
+        seen = self._unmodified
+        assert seen is not None
+        if hook in wanted and hook not in seen:
+            # Cloned, because later modules may modify it in place.
+            seen[hook] = x.clone()
+            if len(seen) == len(wanted):
+                raise EnoughSeen
 
     def _idle(self, readers: Mapping[str, Any]) -> list[str]:
         """Return modules whose own output is not used."""
-        if self._add_error or self._kept is not None:
+        if self._add_error or self._kept is not None or self._read_ahead():
             return []
         found = []
         for insertion in self._insertions:
@@ -245,7 +295,7 @@ class Splice:
         rows = self._rows(x if insertion.hooks_in[site] == insertion.hooks_out[site] else x.clone())
         code = self._given_codes.get(place)
         if code is None:
-            code = insertion.dictionary.encode_at(site, rows)
+            code = self._shared[index] if index in self._shared else insertion.dictionary.encode_at(site, rows)
         elif code.n_tokens != rows.shape[0]:
             raise ValueError(
                 f"codes: {place}: expected {rows.shape[0]} tokens, the number that is replaced, got {code.n_tokens}."
@@ -256,7 +306,8 @@ class Splice:
 
     def _edited(self, place: TokenPlace, code: SparseCode, contexts: int, positions: int) -> SparseCode:
         for edit in self._edits:
-            if (edit.insertion, edit.site) != place:
+            at_all_sites = place[0] in self._shared
+            if edit.insertion != place[0] or not (at_all_sites or edit.site == place[1]):
                 continue
             where = edit.where(contexts, positions, self._prompt)
             kept = self._mask(contexts, positions)
@@ -291,6 +342,8 @@ class Splice:
     def _decoded(self, place: TokenPlace, codes: Mapping[TokenPlace, SparseCode]) -> Tensor:
         index, site = place
         insertion = self._insertions[index]
+        if insertion.dictionary.shares_code:
+            return insertion.dictionary.decode_at(site, [codes[place]], self._inputs[place])
         for earlier in range(site + 1):
             if (index, earlier) not in codes:
                 raise ValueError(
@@ -390,8 +443,8 @@ def generate(
 
 
 def latents_at(dictionary: SparseDictionary, site: int) -> int:
-    """Return the number of latents of a site."""
-    latents = dictionary.blocks[site].latents
+    """Return the number of latents of a site; where one code serves all sites, that of all latents."""
+    latents = dictionary.blocks[0 if dictionary.shares_code else site].latents
     return latents.stop - latents.start
 
 

@@ -106,6 +106,9 @@ class StoreStream(ActivationStream):
         }
         return ActivationBatch(sides["x"], sides.get("target"))
 
+    def hook_widths(self) -> dict[str, int]:
+        return {hook: self.store.width(hook) for hook in (*self.hooks_in, *self.hooks_out)}
+
     def heldout(self, tokens: int) -> ActivationBatch | None:
         if not self.store.tokens("heldout"):
             return None

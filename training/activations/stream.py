@@ -192,6 +192,10 @@ class ActivationStream(ABC):
     def target_moments(self) -> Moments:
         """Return mean and deviation of the reconstruction targets."""
 
+    def hook_widths(self) -> dict[str, int]:
+        """Return the widths of the hooks, empty if the source has none."""
+        return {}
+
     def heldout(self, tokens: int) -> ActivationBatch | None:
         """Return up to ``tokens`` held-out rows, always the same; ``None`` if the source holds nothing out."""
         return None

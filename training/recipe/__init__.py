@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from ...sae.files import read_text
 from .fields import Role
+from .model_pair import with_pair
 from .schema import (
     DictionarySection,
     ExcludeSection,
@@ -24,6 +25,7 @@ from .schema import (
     ModelSection,
     PhaseSection,
     Recipe,
+    TunedSection,
     calibrated_on,
     peak_lr,
     total_steps,
@@ -44,6 +46,7 @@ __all__ = [
     "Role",
     "TextSection",
     "TextSource",
+    "TunedSection",
     "calibrated_on",
     "check_recipe",
     "differences",
@@ -65,6 +68,7 @@ RecipeSource = str | Path | Mapping[str, Any]
 FREE_ON_RESUME = (
     *("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks", "harvest.cache_gb"),
     *("model.trust_remote_code", "model.device_map", "model.truncate"),
+    *("model.tuned.trust_remote_code", "model.tuned.device_map", "model.tuned.truncate"),
     "distributed",
     *(f"{section}.{key}" for section in ("text", "harvest") for key in ("on_bad_row", "max_bad_share")),
 )
@@ -172,7 +176,7 @@ def check_recipe(values: dict[str, Any], where: str) -> Recipe:
     Raises:
         ValueError: With one line per mistake.
     """
-    problems: list[str] = []
+    values, problems = with_pair(values)
     recipe = None
     try:
         recipe = Recipe.model_validate(values)

@@ -20,7 +20,7 @@ from . import Recipe, RecipeSource, check_recipe, flat_keys, override, read_valu
 # Keys, or whole sections, that belong to the stream, model or accelerator that all members share.
 SHARED = ("model", "text", "harvest", "precision", "accumulate", "distributed")
 # Keys of a dictionary's section that say where its activations are from.
-NAMES_OF_HOOKS = {"hook", "hook_in", "hook_out", "layer", "layers", "site"}
+NAMES_OF_HOOKS = {"hook", "hooks", "hook_in", "hook_out", "layer", "layers", "site"}
 # Longer names of members' directories do not fit every file system.
 NAME_LENGTH = 120
 

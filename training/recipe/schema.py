@@ -26,8 +26,11 @@ from .fields import (
 from .text_schema import TextSection
 
 
-class ModelSection(Section):
-    """Language model whose activations are studied."""
+class TunedSection(Section):
+    """Fine-tuned model, run on the token ids of the first: its hooks are ``tuned/HOOK``, those of the first ``base/HOOK``.
+
+    Keys that ``models: [BASE, TUNED]`` leaves out for the tuned model are those of the base.
+    """
 
     id: Place = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
@@ -51,6 +54,23 @@ class ModelSection(Section):
         default=False,
         description="run Python code from the model's repository; it has your permissions on this machine, so read it first",
     )
+
+
+class ModelSection(TunedSection):
+    """Language model whose activations are studied."""
+
+    tuned: TunedSection | None = Field(
+        default=None,
+        description="second model, compared with this one on the same token ids; `models: [BASE, TUNED]` is short for both",
+    )
+
+    @property
+    def pair(self) -> "tuple[ModelSection, ModelSection] | None":
+        """Sections of the base and the tuned model; ``None`` for one model."""
+        if self.tuned is None:
+            return None
+        tuned = ModelSection.model_validate(self.tuned.model_dump())
+        return self.model_copy(update={"tuned": None}), tuned
 
 
 class ExcludeSection(Section):
@@ -167,20 +187,27 @@ class DictionarySection(Section):
     With a ``start``, keys that the recipe leaves out are those of the saved dictionary.
     """
 
-    kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = Field(
+    kind: Literal["sae", "transcoder", "cross_layer_transcoder", "crosscoder"] = Field(
         default="sae",
         description="sae: reconstructs its own input; transcoder: predicts a module's output from its input; "
-        "cross_layer_transcoder: predicts the outputs of a layer's MLP and of all later ones",
+        "cross_layer_transcoder: predicts the outputs of a layer's MLP and of all later ones; crosscoder: reconstructs several "
+        "activations of a token from one code",
     )
     hook: str | None = Field(default=None, description="sae: hook to read and reconstruct")
+    hooks: Hooks = Field(default=None, description="crosscoder: two or more hooks to read and reconstruct together")
     hook_in: Hooks = Field(
         default=None, description="transcoder: hook to read; cross_layer_transcoder: a list, one hook per layer"
     )
     hook_out: Hooks = Field(default=None, description="hook to predict, or a list, as in hook_in")
     layer: Annotated[int, Field(ge=0)] | None = Field(default=None, description="with site, in place of hooks; counted from 0")
-    layers: Layers = Field(default=None, description="cross_layer_transcoder: all, or a list; with site, in place of hooks")
+    layers: Layers = Field(default=None, description="cross_layer_transcoder, crosscoder: all, or a list; with site")
     site: str | None = Field(default=None, description="part of the layer: mlp (transcoders), mlp_out, attn_out, ...")
     skip: bool = Field(default=False, description="transcoder: add an affine skip path around the latents, zero at first")
+    causal: bool = Field(
+        default=False,
+        description="crosscoder: weakly causal: each latent reads one hook, and writes to it and later ones, so that the "
+        "model can run on the result; the checkpoint is a cross-layer dictionary of the same hooks",
+    )
     joint: bool = Field(
         default=False,
         description="cross_layer_transcoder: topk selects n_layers x k latents among those of all layers; relu and jumprelu "
@@ -191,8 +218,8 @@ class DictionarySection(Section):
     )
     n_latents: Positive | None = Field(
         default=None,
-        description="number of latents; cross_layer_transcoder: per layer. Required without start; null: those of the start. "
-        "More: new ones are added; fewer: the densest are kept",
+        description="number of latents; per layer in a cross_layer_transcoder or a causal crosscoder. Required without start; "
+        "null: those of the start. More: new ones are added; fewer: the densest are kept",
     )
     encoder: dict[str, Any] | None = Field(
         default=None,
@@ -234,7 +261,18 @@ class DictionarySection(Section):
     @property
     def resolved(self) -> bool:
         """True if the hooks are given directly, by module path."""
-        return self.hook is not None or (self.hook_in is not None and self.hook_out is not None)
+        sides = self.hook_in is not None and self.hook_out is not None
+        return sides or self.hook is not None or self.hooks is not None
+
+    @property
+    def built_kind(self) -> str:
+        """Kind of the checkpoint: a causal crosscoder is a cross-layer dictionary that reads and writes the same hooks."""
+        return "cross_layer_transcoder" if self.causal else self.kind
+
+    @property
+    def two_sided(self) -> bool:
+        """True if the dictionary predicts activations other than those it reads."""
+        return self.kind in ("transcoder", "cross_layer_transcoder")
 
     @property
     def hooks_in(self) -> tuple[str, ...]:
@@ -243,7 +281,7 @@ class DictionarySection(Section):
 
     @property
     def hooks_out(self) -> tuple[str, ...]:
-        """Hooks to reconstruct; for an SAE, the same as ``hooks_in``."""
+        """Hooks to reconstruct; for an SAE or crosscoder, the same as ``hooks_in``."""
         return self._named(self.hook_out)
 
     @property
@@ -252,7 +290,7 @@ class DictionarySection(Section):
         return tuple(dict.fromkeys((*self.hooks_in, *self.hooks_out)))
 
     def _named(self, given: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        named = given if self.hook is None else self.hook
+        named = next((hooks for hooks in (self.hook, self.hooks) if hooks is not None), given)
         assert named is not None, "a recipe is resolved before its hooks are asked for"
         return (named,) if isinstance(named, str) else named
 

@@ -13,6 +13,7 @@ from ...sae.encoders import ENCODERS, build_encoder
 from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
+from .model_pair import pair_problems
 from .schema import MLP_START, DictionarySection, Recipe, total_steps
 from .text_checks import check_text
 
@@ -77,13 +78,24 @@ def check_together(recipe: Recipe) -> list[str]:
     """Return one line for each mistake that involves several keys."""
     section = recipe.dictionary
     problems = _check_start(section) + _check_training(recipe) + _check_dictionary(section, recipe.model.id)
-    named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
+    own = [key for key in ("hook", "hooks") if getattr(section, key) is not None]
+    named = own or (["hook_in", "hook_out"] if section.resolved else [])
     foreign = any(theirs(hook) for hook in (*(section.all_hooks if named and not problems else ()), *recipe.harvest.hooks))
     # Hooks in another spelling are compared when the model is known.
     for key in named if not problems and not foreign else ():
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
     for index, hook in enumerate(recipe.harvest.hooks):
         problems += _check_hook(f"harvest.hooks.{index}", hook, recipe.model.id)
+    if not problems:
+        hooks = {f"dictionary.{named[0]}": section.all_hooks} if named else {}
+        problems += pair_problems(recipe.model, {**hooks, "harvest.hooks": recipe.harvest.hooks})
+        if recipe.model.tuned is not None and not section.resolved:
+            problems.append("dictionary.site: expected hooks with two models, which may differ in their layers. Give hook.")
+        if recipe.model.tuned is not None and (recipe.uses_kl or recipe.harvest.gradients):
+            key = "objective" if recipe.uses_kl else "harvest.gradients"
+            problems.append(
+                f"{key}: expected {'reconstruction' if recipe.uses_kl else 'false'} with two models, whose losses differ."
+            )
     if recipe.harvest.store is not None and recipe.harvest.tokens is None:
         problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
@@ -208,17 +220,20 @@ READ = (*(place for place in PLACES if place != "hook_mlp_in"), "mlp.hook_pre", 
 # Keys that only some kinds of dictionary have, in the order in which mistakes are reported.
 KINDS_WITH = {
     "hook": ("sae",),
+    "hooks": ("crosscoder",),
     "hook_in": ("transcoder", "cross_layer_transcoder"),
     "hook_out": ("transcoder", "cross_layer_transcoder"),
     "layer": ("sae", "transcoder"),
-    "layers": ("cross_layer_transcoder",),
+    "layers": ("cross_layer_transcoder", "crosscoder"),
     "skip": ("transcoder",),
     "joint": ("cross_layer_transcoder",),
+    "causal": ("crosscoder",),
 }
 INSTEAD = {
     "sae": "Give hook, or layer and site",
     "transcoder": "Give hook_in and hook_out, or layer and site",
     "cross_layer_transcoder": "Give hook_in and hook_out as lists, or layers and site",
+    "crosscoder": "Give hooks, or layers and site",
 }
 
 
@@ -229,13 +244,13 @@ def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
     given = {key for key in (*KINDS_WITH, "site") if not any(getattr(section, key) is unset for unset in (None, False))}
     problems = [
         f"dictionary.{key}: expected it with kind {' or '.join(kinds)} only, got it with kind {kind}."
-        + (f" {instead}." if key not in ("skip", "joint") else " Leave it out.")
+        + (f" {instead}." if key not in ("skip", "joint", "causal") else " Leave it out.")
         for key, kinds in KINDS_WITH.items()
         if key in given and kind not in kinds
     ]
     if problems:
         return problems
-    ways = [("hook",) if kind == "sae" else ("hook_in", "hook_out"), (_layers_key(kind), "site")]
+    ways = [_hook_keys(kind), (_layers_key(kind), "site")]
     started = [way for way in ways if given & set(way)]
     if len(started) != 1:
         found = " and ".join(key for way in ways for key in way if key in given)
@@ -248,8 +263,12 @@ def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
     return _check_hooks(section, model)
 
 
+def _hook_keys(kind: str) -> tuple[str, ...]:
+    return {"sae": ("hook",), "crosscoder": ("hooks",)}.get(kind, ("hook_in", "hook_out"))
+
+
 def _layers_key(kind: str) -> str:
-    return "layers" if kind == "cross_layer_transcoder" else "layer"
+    return "layers" if kind in KINDS_WITH["layers"] else "layer"
 
 
 def _check_layers(section: DictionarySection) -> list[str]:
@@ -261,21 +280,31 @@ def _check_layers(section: DictionarySection) -> list[str]:
 
 def _check_hooks(section: DictionarySection, model: str) -> list[str]:
     problems = []
-    many = section.kind == "cross_layer_transcoder"
-    for key in ("hook",) if section.kind == "sae" else ("hook_in", "hook_out"):
+    many = section.kind in KINDS_WITH["layers"]
+    for key in _hook_keys(section.kind):
         value = getattr(section, key)
         if isinstance(value, tuple) != many:
             wanted = "a list of hooks, one of every layer" if many else "one hook"
+            wanted = "a list of two or more hooks" if section.kind == "crosscoder" else wanted
             problems.append(f"dictionary.{key}: expected {wanted}, got {list(value) if isinstance(value, tuple) else value!r}.")
             continue
         hooks = value if isinstance(value, tuple) else (value,)
         problems += [line for hook in hooks for line in _check_hook(f"dictionary.{key}", hook, model)]
         if len(set(hooks)) < len(hooks):
             problems.append(f"dictionary.{key}: expected each hook once, got one twice.")
-    if not problems and many and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out)):
+    if not problems and section.kind == "crosscoder" and len(section.hooks_in) < 2:
+        problems.append(
+            "dictionary.hooks: expected two or more hooks, got one. What reconstructs a single activation is kind: sae."
+        )
+    if (
+        not problems
+        and many
+        and section.two_sided
+        and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out))
+    ):
         sizes = f"{len(section.hooks_in)} and {len(section.hooks_out)}"
         problems.append(f"dictionary.hook_out: expected two or more hooks, as many as in hook_in, got {sizes}.")
-    if not problems and section.kind != "sae" and set(section.hooks_in) & set(section.hooks_out):
+    if not problems and section.two_sided and set(section.hooks_in) & set(section.hooks_out):
         twice = next(hook for hook in section.hooks_in if hook in section.hooks_out)
         problems.append(
             f"dictionary.hook_out: expected hooks other than those of hook_in, got {twice!r} in both. "
@@ -284,13 +313,27 @@ def _check_hooks(section: DictionarySection, model: str) -> list[str]:
     return problems
 
 
+def _check_crosscoder(recipe: Recipe) -> list[str]:
+    """Check the restrictions of crosscoders."""
+    if recipe.uses_kl:
+        return [
+            "objective: expected reconstruction with a crosscoder, whose code needs later activations than the first it would "
+            "replace, got kl."
+        ]
+    return []
+
+
+def _words_of(recipe: Recipe) -> str:
+    return "a causal crosscoder" if recipe.dictionary.causal else "a cross_layer_transcoder"
+
+
 def _check_cross_layer(recipe: Recipe) -> list[str]:
     """Check the restrictions of cross-layer transcoders."""
     spec, problems = recipe.dictionary.encoder or {}, []
     name = spec.get("name")
     allowed = JOINT_ENCODERS if recipe.dictionary.joint else LAYER_ENCODERS
     if name in ENCODERS and name not in allowed:
-        where = "with joint" if recipe.dictionary.joint else "in a cross_layer_transcoder"
+        where = "with joint" if recipe.dictionary.joint else f"in {_words_of(recipe)}"
         problems.append(f"dictionary.encoder.name: expected {' or '.join(allowed)} {where}, got {name!r}.")
     # An omitted penalty has this default.
     if recipe.dictionary.joint and name == "jumprelu" and spec.get("penalty", "square") == "square":
@@ -298,12 +341,12 @@ def _check_cross_layer(recipe: Recipe) -> list[str]:
             "dictionary.encoder.penalty: expected l0 or tanh with joint, because square is about one layer's target."
         )
     if recipe.phases:
-        problems.append("phases: expected none with a cross_layer_transcoder, whose encoder stays one. Leave them out.")
+        problems.append(f"phases: expected none with {_words_of(recipe)}, whose encoder stays one. Leave them out.")
     if recipe.screen != "none":
-        problems.append(f"screen: expected none with a cross_layer_transcoder, got {recipe.screen!r}.")
+        problems.append(f"screen: expected none with {_words_of(recipe)}, got {recipe.screen!r}.")
     if recipe.objective != "reconstruction":
         problems.append(
-            f"objective: expected reconstruction with a cross_layer_transcoder, which writes to many layers, "
+            f"objective: expected reconstruction with {_words_of(recipe)}, which writes to many layers, "
             f"got {recipe.objective!r}."
         )
     return problems
@@ -320,8 +363,10 @@ def _check_training(recipe: Recipe) -> list[str]:
     for key, spec in specs:
         if not check_encoder(spec, key):
             problems += _check_variants(recipe, key, spec)
-    if recipe.dictionary.kind == "cross_layer_transcoder":
+    if recipe.dictionary.built_kind == "cross_layer_transcoder":
         problems += _check_cross_layer(recipe)
+    if recipe.dictionary.built_kind == "crosscoder":
+        problems += _check_crosscoder(recipe)
     # Names that cannot be looked up, such as lists, have been reported.
     specs = [(key, spec) for key, spec in specs if isinstance(spec.get("name"), str)]
     names = {spec["name"] for _, spec in specs if spec["name"] in ENCODERS}

@@ -264,7 +264,7 @@ class ProbedStep:
         with device:
             self.dictionary = build_dictionary(dictionary_arguments(recipe, task.widths))
         generator = torch.Generator().manual_seed(0)
-        two_sided = recipe.dictionary.kind != "sae"
+        two_sided = recipe.dictionary.two_sided
 
         def rows(width: int) -> torch.Tensor:
             return random_activations(task.many, width, generator).to(device)

@@ -233,7 +233,7 @@ def _unloaded(recipe: Recipe, given: Given) -> ResolvedRecipe:
 
 
 def _by_layer(section: DictionarySection, given: Given) -> DictionarySection:
-    if section.kind != "cross_layer_transcoder":
+    if section.kind not in ("cross_layer_transcoder", "crosscoder"):
         hook = {"hook": f"layers.{section.layer}:out"}
         pair = {"hook_in": f"layers.{section.layer}:in", "hook_out": f"layers.{section.layer}:out"}
         return section.model_copy(update=hook if section.kind == "sae" else pair)
@@ -244,7 +244,8 @@ def _by_layer(section: DictionarySection, given: Given) -> DictionarySection:
     layers = range(given.layers or 0) if section.layers == "all" else section.layers
     assert layers is not None
     reads, writes = tuple(f"layers.{i}:in" for i in layers), tuple(f"layers.{i}:out" for i in layers)
-    return section.model_copy(update={"hook_in": reads, "hook_out": writes})
+    sides = {"hooks": writes} if section.kind == "crosscoder" else {"hook_in": reads, "hook_out": writes}
+    return section.model_copy(update=sides)
 
 
 def _model_sizes(members: Sequence[ResolvedRecipe], given: Given) -> ModelSizes | None:

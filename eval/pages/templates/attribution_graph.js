@@ -17,10 +17,11 @@ let view = {x: 0, y: 0, k: 1}, selected = null, hovered = null, matches = null, 
 let drawn = [], shown = new Set(), revealed = [];
 
 const signed = value => (value > 0 ? '+' : value < 0 ? '\u2212' : '') + number(Math.abs(value));
-const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + '%';
+const percent = value => (Math.abs(100 * value) >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + '%';
 const short = (text, length) => text.length > length ? text.slice(0, length - 1) + '\u2026' : text;
+const placed = position => '\u201c' + tokens[position].trim() + '\u201d ' + position;
 function name(node) {
-  const at = ' \u00b7 \u201c' + tokens[node.position].trim() + '\u201d ' + node.position;
+  const at = ' \u00b7 ' + placed(node.position);
   if (node.kind === 'latent') return 'latent ' + node.layer + '/' + node.index + at;
   if (node.kind === 'error') return 'error of layer ' + node.layer + at;
   if (node.kind === 'token') return 'token \u201c' + tokens[node.position] + '\u201d at ' + node.position;
@@ -227,7 +228,7 @@ const labelled = node => [link(node), note(node) && note(node).label ? make('em'
 function carriers({via, weight}) {
   if (!via || !via[1].length) return null;
   const [direct, heads] = via, sum = heads.reduce((total, part) => total + part[3], direct), rest = weight - sum;
-  const words = heads.map(([layer, head, key, part]) => `head ${layer}.${head} at \u201c${tokens[key].trim()}\u201d ${key} ${signed(part)}`);
+  const words = heads.map(([layer, head, key, part]) => `head ${layer}.${head} at ${placed(key)} ${signed(part)}`);
   if (direct) words.push('direct ' + signed(direct));
   if (Math.abs(rest) > 0.005 * Math.abs(weight)) words.push('others ' + signed(rest));
   return make('em', 'note heads', 'through ' + words.join(', '));
@@ -242,8 +243,7 @@ function scoreList(node) {
   if (!list.length) return null;
   const items = make('ol', 'plain scores');
   for (const {place: [layer, head, query, key], weight, score, cap, terms, rest} of list) {
-    const at = position => '\u201c' + tokens[position].trim() + '\u201d ' + position;
-    const said = `head ${layer}.${head} \u00b7 ${at(query)} to ${at(key)}`;
+    const said = `head ${layer}.${head} \u00b7 ${placed(query)} to ${placed(key)}`;
     items.append(make('li', 'place', make('span', 'who', said), make('span', 'weight', percent(weight))));
     const kept = cap === null ? '' : `, before a soft cap at ${number(cap)}`;
     items.append(make('li', '', make('span', 'note', `score${kept}`), make('span', 'weight', signed(score))));
@@ -277,15 +277,53 @@ function context([words, shades, peak]) {
   return line;
 }
 const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([words]) => words.some(word => /^\s/.test(word))));
+// Clusters of each level, those of largest effect first, and the circuit found along them; a click marks their nodes.
+function levelList() {
+  const found = data.levels;
+  if (!found) return null;
+  const line = (text, places, value, extra) => {
+    const button = make('button', 'link', text);
+    button.type = 'button';
+    button.onclick = () => mark(places.map(at => nodes[at]), text);
+    return make('li', '', make('span', 'who', button, make('em', 'note', extra)), make('span', 'weight', value));
+  };
+  const circuit = make('ol', 'plain', line(`circuit of ${found.size} latents`, found.circuit, percent(found.faithfulness),
+    `faithfulness; ${found.passes} passes, ${found.flat_passes} without levels`));
+  const parts = found.levels.map(level => {
+    const items = make('ol', 'plain');
+    const order = level.map((cluster, id) => [...cluster, id]).sort((a, b) => (b[1] ?? -1e9) - (a[1] ?? -1e9));
+    for (const [, effect, opened, size, places, id] of order.slice(0, 12)) {
+      const best = places.map(at => nodes[at]).sort((a, b) => b.share - a.share)[0];
+      const label = best && note(best) && note(best).label ? note(best).label + ' \u00b7 ' : '';
+      const said = best ? label + name(best) : 'none of them shown';
+      items.append(line(`cluster ${id}: ${size} latents${opened ? ', opened' : ''}`, places,
+        effect === null ? 'not tried' : percent(effect), said));
+    }
+    const rest = order.length > 12 ? make('p', 'note', (order.length - 12) + ' more, of smaller effect') : null;
+    return make('div', 'level', make('h3', '', `Level of ${level.length} clusters`), items, rest);
+  });
+  return make('div', 'levels', make('h3', '', 'Supernodes'),
+    make('p', 'note', 'Drop of the targets when a cluster is ablated, as a fraction of the drop when all latents are.'),
+    circuit, ...parts);
+}
+function mark(some, title) {
+  matches = new Set(some);
+  selected = null;
+  choose();
+  detail(null);
+  paint();
+  document.body.dataset.shown = title;
+}
 function detail(node) {
   const panel = $('detail');
   if (!node) {
-    const list = matches ? [...matches].slice(0, 40) : listed, items = make('ol', 'plain');
+    const list = matches ? [...matches].slice(0, data.levels ? LISTED : 40) : listed, items = make('ol', 'plain');
     for (const one of list) {
       items.append(make('li', '', make('span', 'who', ...labelled(one)), make('span', 'weight', percent(one.share))));
     }
     panel.replaceChildren(make('h2', '', matches ? matches.size + ' nodes found' : 'Most influential latents'),
-      make('p', 'note', 'Fraction of influence that passes through each. Select a node to see its inputs.'), items);
+      make('p', 'note', 'Fraction of influence that passes through each. Select a node to see its inputs.'), items,
+      ...[levelList()].filter(Boolean));
     return;
   }
   const known = note(node), facts = [['influence', percent(node.share)]];

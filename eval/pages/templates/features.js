@@ -130,6 +130,11 @@ function head(i, latent) {
     figure('predicate F1', index.predicate_f1[i], d ? 'chance ' + number(d.chance) : reasons['scores.predicate_f1']),
     figure('example embedding', index.example_embedding[i], reasons['scores.example_embedding']),
     figure('logit lens', index.logit_lens[i], reasons['scores.logit_lens'])));
+  if (latent.sites) {
+    const term = make('abbr', '', 'decoder norms'), label = make('span', 'label', term, ': ');
+    term.title = DEFINITIONS['decoder norms'];
+    box.append(make('p', 'said', label, settings.sites.map((site, j) => site + ' ' + number(latent.sites[j])).join(', ')));
+  }
   if (d) box.append(make('p', 'said', make('span', 'label', 'best predicate: '), d.predicate,
     d.threshold ? ' (above ' + d.threshold + ' of the maximum)' : ''));
   if (latent.explanation && latent.explanation.text) {

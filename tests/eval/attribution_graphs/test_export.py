@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsary.eval.attribution_graphs.attention import CarriedEdge, ExplainedScore, GraphAttention
+from sparsary.eval.attribution_graphs.attention_scores import ScorePlace
+from sparsary.eval.attribution_graphs.edge_heads import HeadPart
 from sparsary.eval.attribution_graphs.export import GraphLabels, as_json, cantor, write_graph
-from sparsary.eval.attribution_graphs.graph import AttributionGraph, Target
+from sparsary.eval.attribution_graphs.graph import AttributionGraph, GraphNode, Target
 from sparsary.eval.attribution_graphs.labels import LabelledWindow, Note
+from sparsary.eval.attribution_graphs.levels import GraphLevel, LevelSearch
 from sparsary.eval.attribution_graphs.local_replacement_model import Active
 from sparsary.eval.attribution_graphs.page_data import page_data
 from sparsary.eval.attribution_graphs.run import save_graph
@@ -160,6 +164,48 @@ def test_nothing_is_fetched_and_no_token_becomes_html(html):
     assert render_graph(page_data(graph, graph.prune(), labels(), {"kl_last": 0.25})) == html
 
 
+def small_attention():
+    """The token before reaches the lower latent through a head, which asks for it."""
+    edges = {pair: CarriedEdge(1.0, ()) for pair in map(tuple, small_graph().adjacency.nonzero().tolist())}
+    edges[0, 7] = CarriedEdge(0.0, (HeadPart(0, 1, 0, 0.5),))
+    terms = ((GraphNode("token", 1, index=6), GraphNode("token", 0, index=5), 3.0), (None, GraphNode("error", 0, 0), -0.5))
+    return GraphAttention(edges, (ExplainedScore(ScorePlace(0, 1, 1, 0), 0.25, 0.75, 2.25, 50.0, terms, -0.25),))
+
+
+def small_levels():
+    coarse = GraphLevel(
+        torch.tensor([0, 0, 1]), torch.tensor([0.9, 0.1]), torch.tensor([1.0, 0.25]), torch.tensor([True, False])
+    )
+    fine = GraphLevel(
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0.5, 0.4, 0.1]),
+        torch.tensor([0.75, 0.5, torch.nan]),
+        torch.tensor([True, True, False]),
+    )
+    return LevelSearch((coarse, fine), torch.tensor([True, True, False]), 0.97, 11, 12)
+
+
+def test_heads_scores_and_levels_are_in_the_file():
+    graph = small_graph()
+    values = as_json(graph, graph.prune(), labels(), 0.8, 0.98, small_attention(), small_levels())
+    links = {(link["source"], link["target"]): link for link in values["links"]}
+    assert links["E_5_0", "0_7_1"]["heads"] == [{"layer": 0, "head": 1, "key": 0, "weight": 0.5}]
+    assert all({"direct", "heads"} <= set(link) for link in values["links"])
+    [score] = values["attention_scores"]
+    assert (score["layer"], score["head"], score["query"], score["key"], score["cap"]) == (0, 1, 1, 0, 50.0)
+    assert score["terms"] == [{"query": "E_6_1", "key": "E_5_0", "value": 3.0}, {"query": None, "key": "0_-1_0", "value": -0.5}]
+    found = values["levels"]
+    assert (found["passes"], found["flat_passes"], found["circuit"]) == (11, 12, ["0_7_1", "1_3_1"])
+    assert [[cluster["nodes"] for cluster in level] for level in found["levels"]] == [
+        [["0_7_1", "1_3_1"], ["1_4_1"]],
+        [["0_7_1"], ["1_3_1"], ["1_4_1"]],
+    ]
+    assert [cluster["effect"] for cluster in found["levels"][1]] == [0.75, 0.5, None]
+    # The weakest latent is not shown, and neither is its cluster.
+    assert values["qParams"]["supernodes"] == [["cluster 0", "0_7_1", "1_3_1"]]
+    json.dumps(values, allow_nan=False)
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = """
 const found = {}, press = key => svg.dispatchEvent(new KeyboardEvent('keydown', {key}));
@@ -179,15 +225,7 @@ document.title = JSON.stringify(found);
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 @pytest.mark.parametrize("width", [1300, 500])
 def test_the_browser_walks_the_graph_by_keyboard(tmp_path, html, width):
-    page = re.sub(r"<meta http-equiv.*?>", "", html).replace("</body>", f"<script>{STEPS}</script></body>")
-    (tmp_path / "graph.html").write_text(page, encoding="utf-8")
-    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --enable-logging=stderr"
-    command = [CHROMIUM, *quiet.split(), f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=4000", "--dump-dom", (tmp_path / "graph.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1).replace("&lt;", "<").replace("&gt;", ">")
-    found = json.loads(title.replace("&amp;", "&"))
+    found = browsed(tmp_path, html, STEPS, width)
     assert found["first"] == found["none"] == ""
     assert found["best"].startswith("logit of")
     assert found["below"].startswith("latent 1/3")
@@ -195,3 +233,55 @@ def test_the_browser_walks_the_graph_by_keyboard(tmp_path, html, width):
     assert found["drawn"] >= 4
     assert found["matches"] == [f"latent 0/7 \u00b7 \u201c{EVIL}\u201d 1"]
     assert (found["zoomed"], found["fitted"], found["images"], found["wide"]) == (True, True, 0, True)
+
+
+LEVEL_STEPS = """
+const found = {}, press = key => svg.dispatchEvent(new KeyboardEvent('keydown', {key})), text = () => $('detail').textContent;
+found.overview = text();
+const buttons = [...$('detail').querySelectorAll('.levels button')];
+found.buttons = buttons.map(button => button.textContent);
+buttons.find(button => button.textContent.startsWith('cluster 1: 1 latents, opened')).click();
+found.marked = [...matches].map(node => node.layer + '/' + node.index); found.shown = document.body.dataset.shown;
+select(nodes.find(node => node.kind === 'latent' && node.layer === 0));
+found.latent = text();
+found.images = document.images.length; found.wide = document.documentElement.scrollWidth <= innerWidth;
+document.title = JSON.stringify(found);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+def test_the_browser_shows_heads_scores_and_levels(tmp_path):
+    graph = small_graph()
+    html = render_graph(page_data(graph, graph.prune(), labels(), None, small_attention(), small_levels()))
+    found = browsed(tmp_path, html, LEVEL_STEPS, 1300)
+    assert "circuit of 2 latents" in found["overview"]
+    assert "11 passes, 12 without levels" in found["overview"]
+    assert "Level of 2 clusters" in found["overview"]
+    assert "Level of 3 clusters" in found["overview"]
+    assert found["buttons"] == [
+        "circuit of 2 latents",
+        "cluster 0: 2 latents, opened",
+        "cluster 1: 1 latents",
+        "cluster 0: 1 latents, opened",
+        "cluster 1: 1 latents, opened",
+        "cluster 2: 1 latents",
+    ]
+    assert (found["marked"], found["shown"]) == (["1/3"], "cluster 1: 1 latents, opened")
+    assert "through head 0.1 at \u201ca\u201d 0 +0.5" in found["latent"]
+    assert f"head 0.1 \u00b7 \u201c{EVIL}\u201d 1 to \u201ca\u201d 0" in found["latent"]
+    assert "score, before a soft cap at 50" in found["latent"]
+    assert "query: constantkey: error of layer 0" in found["latent"]
+    assert (found["images"], found["wide"]) == (0, True)
+
+
+def browsed(tmp_path, html, steps, width):
+    """What the script puts into the title of the page, in a browser that logs nothing."""
+    page = re.sub(r"<meta http-equiv.*?>", "", html).replace("</body>", f"<script>{steps}</script></body>")
+    (tmp_path / "graph.html").write_text(page, encoding="utf-8")
+    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --enable-logging=stderr"
+    command = [CHROMIUM, *quiet.split(), f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=4000", "--dump-dom", (tmp_path / "graph.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1).replace("&lt;", "<").replace("&gt;", ">")
+    return json.loads(title.replace("&amp;", "&"))

@@ -144,10 +144,18 @@ def test_attention_goes_into_the_file_and_onto_the_page(stack, tmp_path):
     assert [score["place"][0] for score in data["attention_scores"]] == [s["layer"] for s in values["attention_scores"]]
 
 
-def test_attention_without_a_prompt_is_refused(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--attention", "--attention: expected --prompt beside it"),
+        ("--levels 4,8", "--levels: expected --prompt beside it"),
+        ("--prompt dog --levels 4,x", "--levels: expected numbers of clusters joined by commas, such as 8,32,128, got '4,x'"),
+    ],
+)
+def test_options_of_graphs_are_checked(given, message, monkeypatch, capsys):
     import sparsary
 
-    monkeypatch.setattr("sys.argv", ["sparsary", "circuits", "runs/stack", "--attention"])
+    monkeypatch.setattr("sys.argv", ["sparsary", "circuits", "runs/stack", *given.split()])
     with pytest.raises(SystemExit):
         sparsary.main()
-    assert "--attention: expected --prompt beside it" in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())

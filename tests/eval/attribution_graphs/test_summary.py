@@ -31,12 +31,13 @@ FACTS = {
 
 
 def test_the_command_prints_tables_and_short_numbers(monkeypatch, capsys):
-    def graph(checkpoint, prompt, out, options, attention):
-        assert (checkpoint, prompt, attention) == ("runs/stack", "A prompt", False)
-        return FACTS | {"json_path": "graph/graph.json", "page_path": "graph/graph.html"}
+    def graph(checkpoint, prompt, out, options, attention, levels):
+        assert (checkpoint, prompt, attention, levels) == ("runs/stack", "A prompt", True, (4, 16))
+        levels = {"circuit_size": 9, "circuit_faithfulness": 0.91234567, "circuit_passes": 120, "circuit_flat_passes": 1000}
+        return FACTS | levels | {"json_path": "graph/graph.json", "page_path": "graph/graph.html"}
 
     monkeypatch.setattr(run, "attribution_graph", graph)
-    monkeypatch.setattr("sys.argv", ["sparsary", "circuits", "runs/stack", "--prompt", "A prompt"])
+    monkeypatch.setattr("sys.argv", [*"sparsary circuits runs/stack --attention --levels 4,16 --prompt".split(), "A prompt"])
     with pytest.raises(SystemExit) as ended:
         sparsary.main()
     assert ended.value.code == 0
@@ -45,6 +46,7 @@ def test_the_command_prints_tables_and_short_numbers(monkeypatch, capsys):
         r"nodes +123 shown of 12,345",
         r"scores +replacement 0\.7123   completeness 0\.9123",
         r"same top token: yes at the last, 90\.9% of all",
+        r"circuit +9 latents at faithfulness 0\.9123   120 passes, 1,000 without levels",
         r"left out +12 latents, with 1\.23% of the influence",
         r"layer +error influence \(share\)\n0 +0\.1235\n1 +1\.235e-05\n",
         r"measured +patterns and norms frozen +patterns frozen +nothing frozen\n",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsary.sae import load_dictionary
 from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictionary, write_dictionary
-from sparsary.transcoders import CrossLayerTranscoder
+from sparsary.transcoders import Crosscoder, CrossLayerTranscoder
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "circuit_tracer"
 LAYERS, D, LATENTS, D_OUT, TOKENS = 3, 8, 24, 5, 40
@@ -301,3 +301,60 @@ def test_it_is_not_written(tmp_path):
     d = read_dictionary(archive(tmp_path / "a", parameters())).dictionary
     with pytest.raises(ValueError, match=r"read-only format, .* Use --to saelens or circuit_tracer"):
         write_dictionary(d, tmp_path / "b", "gemma_scope")
+
+
+# Crosscoders: a file for each of four layers, in a folder that names them.
+
+CROSSCODER = "gemma-scope-2-1b-pt/crosscoder/layer_7_13_17_22_width_96_l0_medium"
+
+
+def crosscoder_files(directory, causal):
+    every = []
+    for i in range(4):
+        found = parameters(D, seed=20 + i, targets=(4,))
+        if causal:
+            found["W_dec"][:, :i] = 0
+        second(directory, found, {"model_name": "gemma-v3-1b-pt"}, name=f"params_layer_{i}.safetensors")
+        every.append(found)
+    return every
+
+
+def crosscoder_reference(every, x):
+    codes = [activations(found, x[i]) for i, found in enumerate(every)]
+    return [sum(codes[s] @ every[s]["W_dec"][:, t] for s in range(4)) + every[t]["b_dec"] for t in range(4)]
+
+
+def test_a_weakly_causal_crosscoder_reads_one_layer_and_writes_to_it_and_later_ones(tmp_path):
+    every = crosscoder_files(tmp_path / CROSSCODER, causal=True)
+    read = read_dictionary(tmp_path / CROSSCODER)
+    (ours,), (about,) = read.dictionaries.values(), read.provenances.values()
+    assert isinstance(ours, CrossLayerTranscoder)
+    hooks = [f"model.layers.{layer}:out" for layer in (7, 13, 17, 22)]
+    assert (about["hooks_in"], about["hooks_out"], about["model"]) == (hooks, hooks, {"id": "google/gemma-3-1b-pt"})
+    x = inputs(4)
+    for y, expected in zip(ours([torch.from_numpy(part) for part in x]), crosscoder_reference(every, x), strict=True):
+        same(y, expected, 1e-4)
+    # Site by site, as when the model runs.
+    codes = []
+    for site, expected in enumerate(crosscoder_reference(every, x)):
+        codes.append(ours.encode_at(site, torch.from_numpy(x[site])))
+        same(ours.decode_at(site, codes), expected, 1e-4)
+
+
+def test_a_crosscoder_that_writes_to_earlier_layers_is_read_as_one_code_of_all(tmp_path):
+    every = crosscoder_files(tmp_path / CROSSCODER, causal=False)
+    read = read_dictionary(tmp_path / CROSSCODER)
+    (ours,) = read.dictionaries.values()
+    assert isinstance(ours, Crosscoder)
+    assert (ours.widths, ours.n_latents) == ((D,) * 4, 4 * LATENTS)
+    assert any("3 layers also write to earlier layers" in warning for warning in read.warnings)
+    x = inputs(4)
+    for y, expected in zip(ours(list(x)), crosscoder_reference(every, x), strict=True):
+        same(y, expected, 1e-4)
+
+
+def test_a_crosscoder_without_one_of_its_files_is_refused(tmp_path):
+    crosscoder_files(tmp_path / CROSSCODER, causal=True)
+    (tmp_path / CROSSCODER / "params_layer_3.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"expected a file for each of the layers 7, 13, 17, 22, got 3"):
+        read_dictionary(tmp_path / CROSSCODER)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsary.sae import load_dictionary
 from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
-from sparsary.transcoders import CrossLayerTranscoder
+from sparsary.transcoders import Crosscoder, CrossLayerTranscoder
 
 LAYERS, D, LATENTS, TOKENS, K = 3, 8, 24, 40, 5
 SITE = "blocks.5.hook_resid_post"
@@ -273,3 +274,74 @@ def test_damaged_layers_are_named(changes, says, tmp_path):
     save_file({key: value for key, value in (load_file(path) | changes).items() if value is not None}, path)
     with pytest.raises(ValueError, match=says):
         read_dictionary(folder)
+
+
+# Crosscoders.
+
+SITES = [f"blocks.{layer}.hook_resid_post" for layer in (2, 5, 9)]
+
+
+def crosscoder(seed=0, equal_norms=False):
+    rng = np.random.default_rng(seed)
+    sizes = {"W_E": (3, D, LATENTS), "b_E": (3, LATENTS), "W_D": (3, LATENTS, D), "b_D": (3, D)}
+    found = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    if equal_norms:
+        norms = np.abs(rng.normal(2, 0.5, LATENTS)).astype(np.float32)
+        found["W_D"] *= (norms / np.linalg.norm(found["W_D"], axis=-1))[..., None]
+    return found
+
+
+def crosscoder_config(**changes):
+    found = config(sae_type="crosscoder", hook_points=SITES, act_fn="relu") | changes
+    return {key: value for key, value in found.items() if key not in ("hook_point_in", "hook_point_out")}
+
+
+def crosscoder_reference(found, x, about, norms):
+    """The library's equation: one pre-activation, gated at every site by its value times the norm there."""
+    scales = np.array([D**0.5 / norm for norm in norms]) if about["norm_activation"] == "dataset-wise" else np.ones(3)
+    p = sum(x[s] * scales[s] @ found["W_E"][s] + found["b_E"][s] for s in range(3))
+    outputs = []
+    for s in range(3):
+        a = gated(p, np.linalg.norm(found["W_D"][s], axis=1), found, about)
+        outputs.append((a @ found["W_D"][s] + found["b_D"][s]) / scales[s])
+    return outputs
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "topk", "jumprelu"])
+@pytest.mark.parametrize("how", ["dataset-wise", "inference"])
+def test_a_crosscoder_computes_what_the_library_does(tmp_path, act_fn, how):
+    found, about = crosscoder(equal_norms=act_fn != "relu"), crosscoder_config(act_fn=act_fn, norm_activation=how)
+    if act_fn == "jumprelu":
+        found[LOG] = np.random.default_rng(4).normal(3.0, 0.4, LATENTS).astype(np.float32)
+    norms = (5.0, 7.0, 11.0)
+    read = read_dictionary(written(tmp_path / act_fn, found, about, dict(zip(SITES, norms, strict=True))))
+    (ours,) = read.dictionaries.values()
+    assert isinstance(ours, Crosscoder)
+    assert (ours.widths, ours.n_latents, ours.names) == ((D,) * 3, LATENTS, tuple(f"model.layers.{n}:out" for n in (2, 5, 9)))
+    x = inputs(3)
+    for y, expected in zip(ours(list(x)), crosscoder_reference(found, x, about, norms), strict=True):
+        near(y, expected)
+    ours.save(tmp_path / "saved", {})
+    again = load_dictionary(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(again(list(x)), ours(list(x)), strict=True))
+    with pytest.raises(ValueError, match="got a crosscoder, which no format that is written can hold"):
+        write_dictionary(ours, tmp_path / "theirs", "saelens")
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out", "message"),
+    [
+        ({"act_fn": "jumprelu"}, (), "jumprelu gates a latent at each site by its value times its norm there"),
+        ({"hook_points": SITES[:1]}, (), "hook_points: expected a list of two or more hooks"),
+        ({}, ("b_D",), "b_D"),
+        ({"hook_points": SITES[:2]}, (), r"W_E, sites first: expected .*2, 8, 24.*, got .*3, 8, 24"),
+        ({"norm_activation": "token-wise"}, (), "norm_activation: expected dataset-wise or inference for a crosscoder"),
+    ],
+    ids=["gates", "one", "missing", "sites", "token-wise"],
+)
+def test_crosscoders_that_do_not_fit_are_refused(tmp_path, changes, left_out, message):
+    found = crosscoder() | {LOG: np.zeros(LATENTS, np.float32)}
+    found = {name: value for name, value in found.items() if name not in left_out}
+    norms = dict.fromkeys(SITES, 5.0)
+    with pytest.raises(ValueError, match=message):
+        read_dictionary(written(tmp_path / "files", found, crosscoder_config(**changes), norms))

@@ -56,7 +56,11 @@ def test_an_unknown_key_does_not_hide_what_no_single_key_can_say(recipe_values):
         ("dictionary.encoder", {"name": "topk", "k": 0}, "dictionary.encoder.k: expected at least 1, got 0"),
         ("dictionary.hook", "transformer.h.3:out", "dictionary.hook: expected one of harvest.hooks"),
         ("dictionary.n_latents", 0, "dictionary.n_latents: expected greater than or equal to 1, got 0"),
-        ("dictionary.kind", "sea", "dictionary.kind: expected 'sae', 'transcoder' or 'cross_layer_transcoder', got 'sea'"),
+        (
+            "dictionary.kind",
+            "sea",
+            "dictionary.kind: expected 'sae', 'transcoder', 'cross_layer_transcoder' or 'crosscoder', got",
+        ),
         ("harvest.hooks", ["transformer.h.2"], "expected a module path and a side"),
         ("harvest.hooks", ["transformer.h.2:out", "transformer.h.2:out"], "each hook once"),
         ("harvest.tokens", None, "harvest.tokens: required with harvest.store, but missing"),
@@ -291,7 +295,7 @@ def test_hooks_of_a_dictionary_by_kind(recipe_values):
         (TRANSCODER | {"hook_in": "a:in", "hook_out": "a:in"}, "What reconstructs its input is kind: sae."),
         (
             TRANSCODER | ALL_LAYERS,
-            "dictionary.layers: expected it with kind cross_layer_transcoder only, got it with kind transc",
+            "dictionary.layers: expected it with kind cross_layer_transcoder or crosscoder only, got it",
         ),
         (
             CROSS_LAYER | BY_SITE,

@@ -1,0 +1,1 @@
+"""Model diffing: what a crosscoder of two models says about their difference."""

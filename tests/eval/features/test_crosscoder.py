@@ -1,0 +1,42 @@
+"""Features of a crosscoder: contexts, each latent's decoder norms by site, and the logits that its last site reaches."""
+
+import pytest
+import torch
+
+from sparsary import features
+from sparsary.eval.features.logit_lens import unembedding
+from sparsary.sae import ENCODERS, SAE
+from sparsary.transcoders import Crosscoder
+
+HOOKS = ["transformer.h.1:out", "transformer.h.3:out"]
+
+
+def test_records_have_each_site_s_share_of_the_decoder_norm(tmp_path, embedded_model):
+    torch.manual_seed(0)
+    crosscoder = Crosscoder([128, 128], 40, ENCODERS["topk"](k=4), names=HOOKS)
+    with torch.no_grad():
+        crosscoder.W_dec[7, :128] = 0
+        crosscoder.in_scale.fill_(0.5)
+        crosscoder.out_scale.fill_(0.5)
+    about = {"model": {"id": "embedded"}, "text": {"source": "embedded"}, "hooks_in": HOOKS, "hooks_out": HOOKS}
+    crosscoder.save(tmp_path, about)
+    found = features(tmp_path, tokens=1500)
+    records = found.records_of(range(40))
+    shares = torch.tensor([record["sites"] for record in records])
+    torch.testing.assert_close(shares, crosscoder.relative_norms().detach(), rtol=1e-3, atol=1e-4)
+    assert records[7]["sites"] == [0.0, 1.0]
+    assert sum(not record["dead"] for record in records) > 10
+    assert found["hooks_out"] == HOOKS
+    assert "decoder norms" in (tmp_path / "features" / "features.html").read_text()
+    # As the SAE of the last site alone would have it.
+    sae = SAE(128, 40, ENCODERS["topk"](k=4))
+    with torch.no_grad():
+        sae.W_dec.copy_(crosscoder.W_dec[:, 128:])
+        sae.out_scale.fill_(0.5)
+    ours = unembedding(crosscoder, embedded_model, about)
+    theirs = unembedding(sae, embedded_model, {"hook": HOOKS[1]})
+    assert not isinstance(ours, str)
+    torch.testing.assert_close(ours.written, theirs.written)
+    assert records[7]["logits"]["promoted"][0]["effect"] == pytest.approx(
+        float((ours.written[7] @ ours.readers.T - (ours.written[7] @ ours.readers.T).mean()).max()), rel=1e-3
+    )
