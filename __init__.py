@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .transcoders import Crosscoder, CrossLayerTranscoder, Stack, Transcoder
     from .transcoders.convert import Converted, convert
     from .transcoders.load import CheckpointOptions, load
+    from .transcoders.releases import published
 
     __version__: str
 
@@ -75,6 +76,7 @@ __all__ = [
     "info",
     "load",
     "probe",
+    "published",
     "push_to_hub",
     "read_activations",
     "render",
@@ -92,6 +94,7 @@ _HOMES = {
     "transcoders": "CrossLayerTranscoder Crosscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
+    "transcoders.releases": "published",
     "training.activations.model": "LanguageModel",
     "training.activations.read": "read_activations",
     "training.run": "harvest train",

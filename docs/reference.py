@@ -46,7 +46,7 @@ API = {
     "sharing": (
         "Describing and sharing",
         "Describe and verify files, convert between formats, and upload.",
-        "info CheckpointInfo convert Converted push_to_hub render",
+        "info CheckpointInfo published convert Converted push_to_hub render",
     ),
 }
 # Names that a reference to a page of its own, or to nothing, serves better.

@@ -173,6 +173,27 @@ def _loaded(given: SparseDictionary | Stack, options: CheckpointOptions) -> Load
     return LoadedCheckpoint(str(nowhere), nowhere, members, True, isinstance(given, Stack), options)
 
 
+def section_of_vectors(opened: LoadedCheckpoint) -> HarvestSection | None:
+    """Return the ``harvest`` section of a dictionary of vectors from files, with the caller's settings.
+
+    ``None`` if it was trained on a model's activations, or if the caller names a model.
+
+    Raises:
+        ValueError: If a setting is invalid.
+    """
+    recipe: Mapping[str, Any] = opened.members[0].provenance.get("recipe") or {}
+    harvest = recipe.get("harvest") or {}
+    if opened.foreign or opened.options.model is not None or not harvest.get("files"):
+        return None
+    found: Provenance = {"harvest": copy.deepcopy(dict(harvest))}
+    for key, value in opened.options.settings.items():
+        if not key.startswith("harvest."):
+            raise ValueError(f"--set {key}: expected a key of harvest, because this dictionary is of vectors from files.")
+        override(found, key, value)
+    _require_valid(found)
+    return HarvestSection.model_validate(found["harvest"])
+
+
 def of_one_model(opened: LoadedCheckpoint, command: str) -> LoadedCheckpoint:
     """Return the checkpoint, for a command that measures the predictions of a single language model.
 
@@ -319,7 +340,7 @@ def _require_valid(found: Mapping[str, Any]) -> None:
     """Raise ``ValueError``, worded as for recipes, for a key or value that recipes do not have."""
     for name, section in SECTIONS.items():
         try:
-            section.model_validate(found[name])
+            section.model_validate(found.get(name, {}))
         except ValidationError as error:
             problems = [explain({**problem, "loc": (name, *problem["loc"])}, {}) for problem in error.errors()]
             raise ValueError("\n".join(problems)) from None

@@ -448,6 +448,34 @@ def _info(
         raise ValueError("wrong hook or normalisation: " + "; ".join(doubts) + ".")
 
 
+@app.command("list")
+def _list(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORDS]...", help="Parts of names, models, repositories or Neuronpedia ids.")
+    ] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="First fetch the newest registry of releases.")] = False,
+    registry: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Registry to refresh from; default: SAELens's, from its repository.")
+    ] = None,
+) -> None:
+    """List published dictionaries; any name can be given to the other commands in place of a checkpoint."""
+    from ..transcoders.releases import release_directory
+    from .release_sources import REGISTRY, refresh_releases, table_of_releases
+
+    if registry is not None and not refresh:
+        raise ValueError("--registry: expected together with --refresh.")
+    if refresh:
+        print(f"directory: {refresh_releases(registry or REGISTRY)}")
+    directory = release_directory()
+    found = directory.search(words or [])
+    if not found:
+        hint = directory.hint(words[0] if words else "")
+        raise ValueError(f"WORDS: expected parts of a published dictionary's name, got {' '.join(words or [])!r}.{hint}")
+    print_table(*table_of_releases(found))
+    total = sum(len(release.dictionaries) for release in directory.releases.values())
+    print(f"{len(found):,} of {total:,} dictionaries, as known on {directory.date}. Newer ones: sparsary list --refresh")
+
+
 @app.command("render")
 def _render(
     files: Annotated[

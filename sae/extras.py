@@ -22,6 +22,7 @@ OPTIONAL = {
     "jinja2": ("jinja2", "eval"),
     "matplotlib": ("matplotlib", "eval"),
     "pandas": ("pandas", "eval"),
+    "yaml": ("pyyaml", "eval"),
     "scipy": ("scipy", "eval"),
     "sklearn": ("scikit-learn", "eval"),
     "peft": ("peft", "peft"),

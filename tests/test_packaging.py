@@ -96,7 +96,7 @@ def installed(wheel, tmp_path_factory):
 
 
 def test_the_wheel_holds_one_package_with_its_data_and_nothing_else(wheel):
-    data = [*(ROOT / "training/embedded/model").iterdir(), ROOT / "py.typed"]
+    data = [*(ROOT / "training/embedded/model").iterdir(), ROOT / "py.typed", ROOT / "transcoders/releases.json.gz"]
     data += [path for path in (ROOT / "eval/pages").rglob("*") if path.suffix in (".html", ".css", ".js")]
     shipped = {f"sparsary/{path.relative_to(ROOT).as_posix()}" for path in (*SOURCES, *data)}
     with zipfile.ZipFile(wheel) as archive:

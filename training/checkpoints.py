@@ -16,6 +16,7 @@ from ..sae.checkpoint_files import CONFIG_FILE, read_config, write_dictionary_fi
 from ..sae.files import read_text, remove_partial_files, write_text
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
+from .activations.vector_files import vector_problems
 from .content import Content, model_problems, text_problems
 from .locks import locked
 from .phases import Phases, phase_starts
@@ -272,4 +273,6 @@ def run_changes(directory: Path, old: Recipe, new: Recipe, current: Callable[[],
         return keys
     # Contents are compared instead: a revision may be pinned later, when the repository has changed.
     keys = [line for line in keys if not line.startswith(("model.revision:", "text.dataset_revision:"))]
+    if new.harvest.files:
+        return vector_problems(recorded, current()) + keys
     return model_problems(recorded, current()) + (text_problems(recorded, new.text) or []) + keys

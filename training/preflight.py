@@ -54,7 +54,7 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """
     plans, problems, size = [], [], None
     try:
-        size = _text_size(recipes[0])
+        size = None if recipes[0].vectors is not None else _text_size(recipes[0])
     except RemoteCodeRefused:
         raise
     except ValueError as error:
@@ -82,7 +82,9 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
     """Plan recipes that train together, without checking their memory."""
     first = recipes[0]
     require_quantization(first.recipe.model)
-    widths, assumed = _stored_widths(first), frozenset[str]()
+    assumed = frozenset[str]()
+    # The hook only has a name: no model has it.
+    widths = _stored_widths(first) if first.vectors is None else dict.fromkeys(first.recipe.harvest.hooks, first.vectors.width)
     if widths is None:
         widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
         if unfit := first.outline.text_problems(first.recipe.text):
@@ -95,6 +97,8 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
             if member.source is not None and not assumed:
                 member.source.require_fit(recipe.dictionary, widths)
             plan = _plan(recipe, widths, assumed, size)
+            if first.vectors is not None:
+                plan = replace(plan, training_tokens=first.vectors.training_rows, vectors=tuple(first.vectors.lines()))
             plans.append(replace(plan, shortfalls=shortfalls_together(_falls_short(recipe, plan))))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]

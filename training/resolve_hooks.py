@@ -13,6 +13,7 @@ from .activations.limits import context_problems, tokenizer_problems, untrained_
 from .activations.model import LanguageModel, each_model, load_model, load_model_for, load_tokenizer, section_content, skeleton
 from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
+from .activations.vector_files import VectorFiles
 from .content import Content
 from .mlp_start import mlp_source
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
@@ -135,8 +136,13 @@ class ResolvedRecipe:
         return self.outline.widths(self.recipe.harvest.hooks)
 
     def content(self) -> Content:
-        """Return the current content digests of the model and tokenizer."""
-        return self.outline.content
+        """Return the current content digests of the model and tokenizer, or of the files of vectors."""
+        return self.vectors.content if self.vectors is not None else self.outline.content
+
+    @cached_property
+    def vectors(self) -> VectorFiles | None:
+        """Files of vectors that the recipe names in place of a model, opened once; ``None`` if it names none."""
+        return VectorFiles(self.recipe.harvest) if self.recipe.harvest.files else None
 
     @property
     def stream_key(self) -> tuple[Any, ...]:

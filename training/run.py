@@ -35,7 +35,7 @@ from .optim import averages
 from .preflight import plan_all, preflight_all, recipe_shortfalls, repeated
 from .processes import from_first, mesh, own_ranks, patient_ranks, require_agreement
 from .recipe import Recipe, RecipeSource, calibrated_on, read_values
-from .recipe.grid import check_grid, load_grid, told_together, unshared
+from .recipe.grid import NAMES_OF_HOOKS, check_grid, load_grid, told_together, unshared
 from .resolve_hooks import ResolvedRecipe, resolve_recipes
 from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
@@ -45,8 +45,6 @@ from .training_plan import TrainingPlan
 from .warm_start import after_training
 
 log = logging.getLogger(__name__)
-# Keys of a recipe's dictionary that say where in a model it stands.
-NAMES_OF_HOOKS = {"hook", "hooks", "hook_in", "hook_out", "layer", "layers", "site"}
 ONE_RUN = OneRun()
 
 
@@ -207,8 +205,12 @@ def _train_all(
     plans: Sequence[TrainingPlan] | None,
     ranks: Ranks,
 ) -> None:
+    vectors = members[0].vectors
+    if activations is not None and vectors is not None:
+        raise ValueError("activations: expected none with harvest.files, which take their place. Leave one of them out.")
     if activations is None:
         plans = preflight_all(members) if plans is None else plans
+        activations = vectors
     elif any(recipe.uses_kl for recipe in recipes):
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
@@ -217,7 +219,7 @@ def _train_all(
                 f"out_dir: {above}: expected a directory for a grid, got one of a single run. Choose another out_dir."
             )
     with ExitStack() as stack:
-        contents = [None if activations is not None else member.content for member in members]
+        contents = [member.content if activations is vectors else None for member in members]
         # The first rank's alone: the others write nothing.
         claims = zip(recipes, contents, strict=True) if ranks.rank == 0 else ()
         earlier = {

@@ -38,6 +38,8 @@ class TrainingPlan:
     shuffle_tokens: int
     text: TextSize | None = None
     shortfalls: tuple[Shortfall, ...] = ()
+    # Lines on the files of vectors, if there are any in place of a model and its text.
+    vectors: tuple[tuple[str, str], ...] = ()
     snapshot_bytes: int = 0
     waits_for_saves: bool = False
 
@@ -72,6 +74,8 @@ class TrainingPlan:
 
     def source_lines(self, recipe: Recipe) -> list[tuple[str, str]]:
         """Return the lines about the source of the activations, which all members of a grid share."""
+        if self.vectors:
+            return list(self.vectors)
         live = recipe.harvest.store is None
         store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({byte_words(self.disk_bytes)} to write)"
         reach = "the whole store" if not live else "one buffer"

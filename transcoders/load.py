@@ -17,6 +17,7 @@ from ..sae.formats.files import HubSource, SourceFiles, recording
 from ..sae.formats.hooks import to_module
 from ..sae.hub import local_directory
 from ..sae.training_usage import USAGE_FILE
+from .releases import FILE_SUFFIXES, PublishedDictionary, local_repository, release_directory
 from .stack import Stack, hooks_of_provenance, is_stack, load_stack, stack_folders
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,8 @@ def load(
     7
 
     Args:
-        path: Checkpoint directory, file, or Hugging Face repository id.
+        path: Checkpoint directory, file, Hugging Face repository id, or the name of a published dictionary as ``sparsary list``
+            prints it, such as ``gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82``.
         device: Device of the tensors.
         revision: Overrides the same field of ``options``, as do ``hook``, ``format``, ``subfolder``, ``k``, ``scale`` and
             ``threshold``.
@@ -190,14 +192,49 @@ def find(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
 ) -> FoundDictionaries:
-    """Load all dictionaries of a path or hub id, or those selected by ``options``, with notes on how they were read.
+    """Load all dictionaries of a path, hub id or published name, or those selected by ``options``, and say how they were read.
 
     Raises:
         ValueError: In the same cases as ``load``.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-    directory, source = _places(at_home(str(path)), options.revision, options.subfolder)
+    place = at_home(str(path))
+    if _is_local(place):
+        return _find(place, options, device, dtype)
+    releases = release_directory()
+    published = releases.get(place)
+    if published is not None:
+        return _find_published(published, options, device, dtype)
+    try:
+        return _find(local_repository(place), options, device, dtype)
+    except ValueError as error:
+        raise ValueError(f"{error}{releases.hint(place)}") from error
+
+
+def _is_local(place: str) -> bool:
+    """Return True if a place exists, or can only be a path."""
+    return Path(place).exists() or place.startswith((".", "/", "~")) or Path(place).is_absolute()
+
+
+def _find_published(
+    published: PublishedDictionary, options: CheckpointOptions, device: str | torch.device, dtype: str
+) -> FoundDictionaries:
+    """Load a published dictionary, from a local copy of the repository if there is one, otherwise from the hub."""
+    repository, (subfolder, name) = local_repository(published.repository), published.place
+    _, source = _places(repository, options.revision, subfolder)
+    beside = [file for file in source.named("[^/]+") if file.endswith(FILE_SUFFIXES)] if source is not None else []
+    # The file is named only where it has others beside it: alone, it is recognised as any other.
+    said = options.updated(subfolder=subfolder, hook=options.hook or (name if len(beside) > 1 else None))
+    found = _find(repository, said, device, dtype)
+    if published.model is None or options.model or all((p.get("model") or {}).get("id") for p in found.provenances.values()):
+        return found
+    # Hooks, too, can be named only if the model is known.
+    return _find(repository, said.updated(model=published.model), device, dtype)
+
+
+def _find(place: str, options: CheckpointOptions, device: str | torch.device, dtype: str) -> FoundDictionaries:
+    directory, source = _places(place, options.revision, options.subfolder)
     if options.format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
         # Also if nothing is there: the error then describes a checkpoint.
         _require_unsaid(directory, options)

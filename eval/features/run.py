@@ -22,7 +22,7 @@ from ...training.text import require_text
 from ...transcoders.crosscoder import Crosscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, open_checkpoint, with_model
+from ..checkpoint import LoadedCheckpoint, open_checkpoint, section_of_vectors, with_model
 from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
 from ..pages.examples import RECORDS_DIGEST
@@ -34,6 +34,7 @@ from .llm_client import Chat, Endpoint, LocalChat
 from .logit_lens import unembedding
 from .predicates import token_texts
 from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, number
+from .vectors import describe_vectors, vectors_summary
 
 RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
 
@@ -111,7 +112,13 @@ def features(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
-    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer)).completed()
+    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
+    section = section_of_vectors(opened)
+    if section is not None:
+        if explainer is not None:
+            raise ValueError("--explainer: expected none for a dictionary of vectors: explanations are of tokens in text.")
+        return describe_vectors(opened, section, Path(out) if out is not None else opened.results / "features", tokens)
+    opened = opened.completed()
     directory = Path(out) if out is not None else opened.results / "features"
     if explainer is not None:
         # Before the explainer, which may be a model to load.
@@ -269,6 +276,8 @@ def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: t
 
 def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the main figures as pairs of name and value, for the console."""
+    if "vectors_schema_version" in about:
+        return vectors_summary(about)
     lines = [
         ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {encoder_words(about['encoder'])}"),
         ("read", f"{about['tokens']:,} held-out tokens of {about['documents']:,} documents"),

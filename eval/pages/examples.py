@@ -66,7 +66,8 @@ def features_files(directories: Iterable[Path], n_latents: int | None = None) ->
             except ValueError as error:
                 log.warning("No latents are shown: %s", error)
                 continue
-            if n_latents in (None, about.get("n_latents")):
+            # Those of vectors have no contexts to show.
+            if "schema_version" in about and n_latents in (None, about.get("n_latents")):
                 return FeaturesFiles(records, about, records.with_suffix(".html"))
     return None
 

@@ -20,6 +20,7 @@ from .recipes import render_recipes
 from .report import render_report
 from .runs import render_runs
 from .stack import render_stack
+from .vectors import render_vectors
 
 # Entry of probing.json: CRC-32 of factors.jsonl.
 FACTORS_DIGEST = "factors_crc32"
@@ -200,6 +201,12 @@ KINDS = (
         "sparsary features",
         "features",
         _features,
+    ),
+    ResultKind(
+        frozenset({"vectors_schema_version", "n_latents"}),
+        "sparsary features",
+        "features",
+        lambda path, found: render_vectors(found, _lines(path.with_suffix(".jsonl"))),
     ),
     ResultKind(
         frozenset({"metadata", "qParams", "nodes", "links"}),

@@ -21,13 +21,22 @@ from ...sae.rows import as_rows
 from ...sae.training_usage import TrainingUsage
 from ...training.activations.model import LanguageModel
 from ...training.activations.tensor_stream import Activations, TensorStream
+from ...training.activations.vector_files import VectorFiles, vector_problems
 from ...training.bad_rows import counted
-from ...training.recipe import TextSection
+from ...training.recipe import HarvestSection, TextSection
 from ...training.report import METRICS_FILE, check_log
 from ...training.stages import StageProgress, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, of_one_model, open_checkpoint, with_grids_members, with_model
+from ..checkpoint import (
+    LoadedCheckpoint,
+    LoadedDictionary,
+    of_one_model,
+    open_checkpoint,
+    section_of_vectors,
+    with_grids_members,
+    with_model,
+)
 from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -173,10 +182,11 @@ def evaluate_loaded(
             f"{stacks[0].name}: expected one checkpoint of one hook for --oracle or --pursuit, got a stack or "
             "a cross-layer one."
         )
+    on_vectors = [section_of_vectors(opened) for opened in several]
     alone = [
         _candidate(opened.completed(), out, selection)
-        for opened, out in zip(several, outs, strict=True)
-        if not opened.in_place_together
+        for opened, out, section in zip(several, outs, on_vectors, strict=True)
+        if not opened.in_place_together and section is None
     ]
     together: dict[str, list[Candidate]] = {}
     for candidate in alone:
@@ -189,9 +199,39 @@ def evaluate_loaded(
             reports[id(candidate)] = _written(candidate, _merged(results), sums)
     found = iter(reports[id(candidate)] for candidate in alone)
     return [
-        evaluate_opened(opened, out, tokens) if opened.in_place_together else next(found)
-        for opened, out in zip(several, outs, strict=True)
+        evaluate_opened(opened, out, tokens)
+        if opened.in_place_together
+        else next(found)
+        if section is None
+        else _evaluate_vectors(opened, section, out, tokens, selection)
+        for opened, out, section in zip(several, outs, on_vectors, strict=True)
     ]
+
+
+def _evaluate_vectors(
+    opened: LoadedCheckpoint, section: HarvestSection, out: str | Path | None, tokens: int | None, selection: InferenceMode
+) -> Report:
+    """Evaluate a dictionary of vectors on those that training held out."""
+    if selection.oracle:
+        raise ValueError("--oracle: expected a language model, got only vectors.")
+    vectors, source = VectorFiles(section), opened.members[0].provenance
+    changed = vector_problems(source.get("content") or {}, vectors.content)
+    candidate = _candidate(replace(opened, changed=(*opened.changed, *changed)), out, selection)
+    for line in changed:
+        log.warning("%s: trained on something else: %s.", opened.name, line)
+    wanted = wanted_tokens(source, tokens)
+    x, _ = vectors.heldout(wanted)
+    finite = torch.isfinite(x).all(-1)
+    if int(finite.sum()) < 2:
+        raise ValueError(
+            f"{opened.name}: harvest.heldout: expected at least 2 held-out vectors, got {int(finite.sum())} of "
+            f"{vectors.rows:,}. Give others: sparsary.evaluate(directory, activations=x)."
+        )
+    entries = evaluate_tensor(candidate.dictionary, x[finite], selection)
+    entries |= {"tokens_asked": wanted}
+    if not bool(finite.all()):
+        entries["skipped"] = [f"held-out vectors that are not finite: {int((~finite).sum()):,}", *entries.get("skipped", [])]
+    return _written(candidate, entries)
 
 
 @dataclass(frozen=True)

@@ -63,21 +63,24 @@ class CircuitTracer(SetFormat):
 
 
 def transcoder_set(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> dict[str, CanonicalSAE]:
-    """Read one transcoder per layer, keyed by output hook.
+    """Read one transcoder per layer, keyed by output hook; only one of them if ``options.hook`` is the name of its file.
 
     Raises:
         ValueError: If layers are missing, or their files are in other repositories.
     """
     files = _layer_files(source, config)
+    named = [name for name in files if options.hook in (name, Path(name).stem)]
     found: dict[str, CanonicalSAE] = {}
     for layer, name in enumerate(files):
+        if named and name not in named:
+            continue
         n = _transcoder(source, name, config, options)
         reads, writes = (joined(config.get(f"feature_{side}_hook"), layer) for side in ("input", "output"))
         model = config.get("model_name")
         n, reads = reading_before_norm(n, reads, options.model or model)
         # options is left out: its hook selects one of the transcoders and must not become the hook of each.
         provenance, warnings = origin(CircuitTracer.name, config, options.model or model, [reads], [writes])
-        hook = (provenance.get("hooks_out") or [writes or f"layer_{layer}"])[0]
+        hook = str(options.hook) if named else (provenance.get("hooks_out") or [writes or f"layer_{layer}"])[0]
         extra = [f"no {CONFIG}: hooks and model are not known"] if not config else []
         found[hook] = with_origin(n, provenance, [*extra, *warnings])
     return found

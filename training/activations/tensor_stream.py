@@ -13,8 +13,10 @@ from torch import Tensor
 from ...sae.metrics import Moments
 from ...sae.rows import as_rows
 from ..bad_rows import NOT_FINITE, BadTokens
+from ..content import Content
 from ..recipe import HarvestSection
 from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart, moments_of
+from .vector_files import VectorFiles
 
 MOMENT_TOKENS = 32_768
 NAMES = ("x", "target", "grad")
@@ -61,6 +63,9 @@ class TensorStream(ActivationStream):
         self._sampling: Iterator[tuple[int, dict[str, Tensor]]] = iter(())
         self._widths: dict[str, int] = {}
         self._pass_tokens = 0
+
+    def content(self) -> Content | None:
+        return self.tensors.content if isinstance(self.tensors, VectorFiles) else None
 
     @property
     def distinct_tokens(self) -> int:

@@ -7,7 +7,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from .fields import Betas, Hooks, Layers, Names, ObjectiveName, OnBadRow, Place, Positive, Rate, Roles, Section, Share, Token
+from .fields import (
+    Betas,
+    Hooks,
+    Layers,
+    Names,
+    ObjectiveName,
+    OnBadRow,
+    Place,
+    Places,
+    Positive,
+    Rate,
+    Roles,
+    Section,
+    Share,
+    Token,
+)
 from .text_schema import TextSection
 
 
@@ -90,6 +105,19 @@ class ExcludeSection(Section):
 class HarvestSection(Section):
     """Choice and storage of activations."""
 
+    files: Places = Field(
+        default=(),
+        description="vectors to train on in place of a model's activations: .npy, .safetensors or .parquet files, saved data "
+        "sets, folders or patterns (embeddings/*.npy)",
+    )
+    column: str | None = Field(
+        default=None, description="files: column of vectors, or name of the tensor; null: the only one there is"
+    )
+    rows: Place | None = Field(
+        default=None,
+        description="files: table (.csv, .jsonl, .parquet) with one record per vector, shown by `sparsary features`: label, "
+        "text, name, id, image (path of a thumbnail)",
+    )
     hooks: Names = Field(
         default=(),
         description="module paths with a side, e.g. transformer.h.2:out; default: the hooks of the recipe's dictionaries",

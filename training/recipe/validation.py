@@ -100,6 +100,8 @@ def check_together(recipe: Recipe) -> list[str]:
         problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
         problems.append("harvest.hooks: expected each hook once, got one twice.")
+    if recipe.harvest.files:
+        problems += _check_files(recipe)
     if recipe.uses_kl:
         if recipe.harvest.store is not None:
             problems.append(
@@ -120,6 +122,25 @@ def check_together(recipe: Recipe) -> list[str]:
             f"got {recipe.harvest.exclude_leading}; nothing would be left."
         )
     return problems + check_text(recipe)
+
+
+def _check_files(recipe: Recipe) -> list[str]:
+    """Check the keys that a recipe on files of vectors cannot have: what only a language model gives."""
+    harvest, kind = recipe.harvest, recipe.dictionary.kind
+    needs = [spec["name"] for spec in recipe.encoders if spec["name"] in ENCODERS and ENCODERS[spec["name"]].needs_gradient]
+    unfit = {
+        "dictionary.kind": ("sae", None if kind == "sae" else kind, "vectors have no targets"),
+        "dictionary.encoder.name": ("one that needs no gradients", needs[0] if needs else None, "vectors have none"),
+        "objective": ("reconstruction", "kl" if recipe.uses_kl else None, "vectors have no model"),
+        "harvest.store": ("null", harvest.store, "the files are read directly"),
+        "harvest.tokens": ("null", harvest.tokens, "all vectors are used; `tokens` is the number trained on"),
+        "harvest.gradients": ("false", harvest.gradients or None, "vectors have no model"),
+    }
+    return [
+        f"{key}: expected {wanted} with harvest.files, because {why}, got {got!r}."
+        for key, (wanted, got, why) in unfit.items()
+        if got is not None
+    ]
 
 
 def _check_start(section: DictionarySection) -> list[str]:
