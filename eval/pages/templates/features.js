@@ -131,9 +131,9 @@ function head(i, latent) {
     figure('example embedding', index.example_embedding[i], reasons['scores.example_embedding']),
     figure('logit lens', index.logit_lens[i], reasons['scores.logit_lens'])));
   if (latent.sites) {
-    const term = make('abbr', '', 'decoder norms'), label = make('span', 'label', term, ': ');
+    const term = make('abbr', '', 'decoder norms');
     term.title = DEFINITIONS['decoder norms'];
-    box.append(make('p', 'said', label, settings.sites.map((site, j) => site + ' ' + number(latent.sites[j])).join(', ')));
+    box.append(make('p', 'said', make('span', 'label', term, ': '), settings.sites.map((site, j) => site + ' ' + number(latent.sites[j])).join(', ')));
   }
   if (d) box.append(make('p', 'said', make('span', 'label', 'best predicate: '), d.predicate,
     d.threshold ? ' (above ' + d.threshold + ' of the maximum)' : ''));
