@@ -272,7 +272,7 @@ class DictionarySection(Section):
         return sides or self.hook is not None or self.hooks is not None
 
     @property
-    def built_kind(self) -> str:
+    def built_kind(self) -> Literal["sae", "transcoder", "cross_layer_transcoder", "crosscoder"]:
         """Kind of the checkpoint: a causal crosscoder is a cross-layer dictionary that reads and writes the same hooks."""
         return "cross_layer_transcoder" if self.causal else self.kind
 
