@@ -186,6 +186,8 @@ def test_a_refreshed_directory_takes_the_place_of_the_package_s(tmp_path, monkey
         gzip.compress(b'{"version": 1, "date": "", "sources": [], "releases": {"a": {"repository": 1}}}'),
         gzip.compress(b'{"version": 1, "date": "", "sources": [], "releases": []}')[:-6],
     ],
+    # Compressed bytes hold the time.
+    ids=["empty", "no archive", "a list", "no JSON", "another version", "a release without entries", "cut off"],
 )
 def test_a_damaged_directory_is_one_message(data, tmp_path, monkeypatch):
     path = tmp_path / "releases.json.gz"
