@@ -88,7 +88,7 @@ def test_a_data_set_without_network(checkpoint, offline, door):
     [
         (("gone.jsonl",), r"text\.files: .*gone\.jsonl does not exist"),
         (("good.jsonl", "gone.jsonl"), r"text\.files: .*gone\.jsonl does not exist"),
-        (("good.jsonl", "text.csv"), r"text\.files: expected \.txt, \.jsonl, \.parquet, got .*text\.csv"),
+        (("good.jsonl", "text.csv"), r"text\.files: expected \.txt, \.json, \.jsonl, \.parquet, got .*text\.csv"),
         (("other.jsonl",), r"other\.jsonl:1: expected a JSON object with the key 'text'"),
     ],
 )

@@ -48,7 +48,7 @@ def values(recipe_values, tmp_path):
     [
         (("text.files", ["nowhere.jsonl"]), r"text\.files: nowhere\.jsonl does not exist"),
         (("text.column", "words"), r"text\.jsonl:1: expected a JSON object with the key 'words'"),
-        (("text.files", ["text.csv"]), r"text\.files: expected \.txt, \.jsonl, \.parquet, got text\.csv"),
+        (("text.files", ["text.csv"]), r"text\.files: expected \.txt, \.json, \.jsonl, \.parquet, got text\.csv"),
         (
             ("text.context_length", 10_000),
             r"expected tokens to train on, got none from 60 documents \(\d+ held out\) in contexts of 10000 tokens",

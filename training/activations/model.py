@@ -219,8 +219,8 @@ def _precision(section: ModelSection) -> dict[str, Any]:
 def paired(base: LanguageModel, tuned: LanguageModel) -> LanguageModel:
     """Return a model and its fine-tuned copy as one, whose hooks are ``base/HOOK`` and ``tuned/HOOK``.
 
-    >>> m = LanguageModel.from_pretrained("embedded", device="cpu")
-    >>> list(paired(m, m).widths(("base/transformer.h.2:out", "tuned/transformer.h.0:out")).values())
+    >>> base, tuned = (LanguageModel.from_pretrained("embedded", device="cpu") for _ in range(2))
+    >>> list(paired(base, tuned).widths(("base/transformer.h.2:out", "tuned/transformer.h.0:out")).values())
     [128, 128]
 
     Raises:

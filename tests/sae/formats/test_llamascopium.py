@@ -222,7 +222,7 @@ def test_weights_in_shards_are_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sae_type": "lorsa"}, "sae_type: expected sae, transcoder or clt, got 'lorsa'"),
+        ({"sae_type": "lorsa"}, "sae_type: expected sae, transcoder, clt or crosscoder, got 'lorsa'"),
         ({"use_glu_encoder": True}, "use_glu_encoder: expected false, got true"),
         ({"act_fn": "swish"}, "act_fn: expected relu, topk, jumprelu, batchtopk"),
         ({"norm_activation": "batch-wise"}, "norm_activation: expected dataset-wise"),
