@@ -94,8 +94,8 @@ def tune_embedded(base: Path = MODEL_DIR, steps: int = STEPS, seed: int = SEED) 
     Args:
         base: Directory of the model to start from.
     """
-    original = GPT2LMHeadModel.from_pretrained(base).requires_grad_(False).eval()
-    tuned = GPT2LMHeadModel.from_pretrained(base).requires_grad_(False).eval()
+    original = GPT2LMHeadModel.from_pretrained(base, trust_remote_code=False).requires_grad_(False).eval()
+    tuned = GPT2LMHeadModel.from_pretrained(base, trust_remote_code=False).requires_grad_(False).eval()
     trained = list(tuned.transformer.h[BLOCK].requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(trained, lr=LR, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
@@ -126,7 +126,7 @@ def _outputs(model: GPT2LMHeadModel, batch: RuleBatch) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def rule_scores(tuned: GPT2LMHeadModel, base: Path = MODEL_DIR, contexts: int = 64) -> dict[str, float]:
     """Return how far a tuned model follows the rule and has changed elsewhere, on documents that training never saw."""
-    original = GPT2LMHeadModel.from_pretrained(base).eval()
+    original = GPT2LMHeadModel.from_pretrained(base, trust_remote_code=False).eval()
     batch = next(batches(SEED, contexts, split="heldout"))
     coin = lexicon.vocabulary().index(OBJECT)
     found: dict[str, float] = {"tokens": float(batch.ruled.numel()), "ruled_tokens": float(batch.ruled.sum())}
@@ -146,6 +146,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     model = tune_embedded(steps=arguments.steps, seed=arguments.seed)
     model.save_pretrained(arguments.out)
-    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(MODEL_DIR, trust_remote_code=False).save_pretrained(arguments.out)
     for name, value in rule_scores(model).items():
         print(f"{name} {value:.5g}")
