@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -146,10 +146,16 @@ def release_directory() -> ReleaseDirectory:
     """
     path = refreshed_file()
     if path.is_file():
-        return _parsed(path.read_bytes(), str(path))
+        return _read(path, path.stat().st_mtime_ns)
     if os.environ.get(DIRECTORY):
         raise ValueError(f"{DIRECTORY}: expected a file, found none at {path}. Unset it, or write it: sparsary list --refresh.")
-    return _parsed((Path(__file__).parent / "releases.json.gz").read_bytes(), "releases.json.gz of the package")
+    return _read(Path(__file__).parent / "releases.json.gz", 0)
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, _time: int) -> ReleaseDirectory:
+    """Read a directory once for each time at which its file was written."""
+    return _parsed(path.read_bytes(), str(path))
 
 
 def published(*words: str) -> list[PublishedDictionary]:
