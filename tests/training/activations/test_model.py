@@ -89,14 +89,14 @@ def test_a_token_s_gradient_is_that_of_its_own_document_s_losses(embedded_model,
     for hook in hooks:
         for first, last in pairwise(ends):
             _, alone = embedded_model.activations_and_gradients(token_ids[:, :last], hooks)
-            torch.testing.assert_close(packed[hook][0, first:last], alone[hook][0, first:last], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(packed[hook][0, first:last], alone[hook][0, first:last], rtol=1e-4, atol=5e-5)
             # What predicts the next document predicts nothing of its own.
             assert not packed[hook][0, last - 1].any()
         _, whole = embedded_model.activations_and_gradients(token_ids, hooks)
-        torch.testing.assert_close(packed[hook][1], whole[hook][1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed[hook][1], whole[hook][1], rtol=1e-4, atol=5e-5)
         assert not packed[hook][2, 5:].any()
         _, short = embedded_model.activations_and_gradients(token_ids[:, :5], hooks)
-        torch.testing.assert_close(packed[hook][2, :5], short[hook][2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed[hook][2, :5], short[hook][2], rtol=1e-4, atol=5e-5)
 
 
 def test_a_token_s_gradient_does_not_depend_on_its_batch_mates(embedded_model, token_ids):
