@@ -34,8 +34,8 @@ from .mix import shares_in_words
 from .optim import averages
 from .preflight import plan_all, preflight_all, recipe_shortfalls, repeated
 from .processes import from_first, mesh, own_ranks, patient_ranks, require_agreement
-from .recipe import Recipe, RecipeSource, calibrated_on, read_values
-from .recipe.grid import NAMES_OF_HOOKS, check_grid, load_grid, told_together, unshared
+from .recipe import NAMES_OF_HOOKS, Recipe, RecipeSource, calibrated_on, read_values
+from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .resolve_hooks import ResolvedRecipe, resolve_recipes
 from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
@@ -60,6 +60,8 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         ValueError: If ``harvest.store`` is null, or the store belongs to another recipe.
     """
     recipe = member.recipe
+    if recipe.harvest.files:
+        raise ValueError("harvest.files: vectors are read where they are, and not harvested. Run: sparsary train RECIPE.")
     if recipe.harvest.store is None:
         raise ValueError(
             "harvest.store: expected a directory to harvest into, got null, which streams from the model and stores "

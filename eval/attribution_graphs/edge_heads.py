@@ -112,7 +112,7 @@ def edge_heads(
 
 
 class _Written:
-    """What sources write: to the initial stream and to each layer's MLP output, at one position each."""
+    """Vectors that sources write: to the initial stream and to each layer's MLP output, at one position each."""
 
     def __init__(self, local: LocalReplacement, graph: AttributionGraph, sources: Int[Tensor, " sources"]):
         width, n = local.anatomy.d_model, local.anatomy.n_layers

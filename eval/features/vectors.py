@@ -36,7 +36,7 @@ PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".
 
 @dataclass(frozen=True)
 class RowTable:
-    """What is known of each vector: one record per row of the files, in their order. Empty if nothing is known."""
+    """Table of the vectors: one record per row of the files, in their order. Empty if nothing is known."""
 
     records: Sequence[Mapping[str, Any]]
     folder: Path

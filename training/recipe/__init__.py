@@ -167,6 +167,19 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+# Keys of a dictionary's section that say where its activations are from.
+NAMES_OF_HOOKS = {"hook", "hooks", "hook_in", "hook_out", "layer", "layers", "site"}
+
+
+def _with_named_vectors(values: dict[str, Any]) -> dict[str, Any]:
+    """Name the hook of a recipe that trains on files of vectors, where it names none: no model has it."""
+    harvest, section = values.get("harvest"), values.get("dictionary")
+    named = not isinstance(section, dict) or bool(section.keys() & NAMES_OF_HOOKS)
+    if named or not isinstance(harvest, dict) or not harvest.get("files"):
+        return values
+    return values | {"dictionary": section | {"hook": "vectors:out"}}
+
+
 def check_recipe(values: dict[str, Any], where: str) -> Recipe:
     """Validate parsed YAML and return the recipe.
 
@@ -176,7 +189,7 @@ def check_recipe(values: dict[str, Any], where: str) -> Recipe:
     Raises:
         ValueError: With one line per mistake.
     """
-    values, problems = with_pair(values)
+    values, problems = with_pair(_with_named_vectors(values))
     recipe = None
     try:
         recipe = Recipe.model_validate(values)

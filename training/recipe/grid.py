@@ -19,8 +19,6 @@ from . import Recipe, RecipeSource, check_recipe, flat_keys, override, read_valu
 
 # Keys, or whole sections, that belong to the stream, model or accelerator that all members share.
 SHARED = ("model", "text", "harvest", "precision", "accumulate", "distributed")
-# Keys of a dictionary's section that say where its activations are from.
-NAMES_OF_HOOKS = {"hook", "hooks", "hook_in", "hook_out", "layer", "layers", "site"}
 # Longer names of members' directories do not fit every file system.
 NAME_LENGTH = 120
 
@@ -49,7 +47,6 @@ def load_grid(source: RecipeSource, overrides: Mapping[str, Any] | None = None) 
 
 def check_grid(values: dict[str, Any], where: str) -> Grid:
     """Validate parsed YAML and return the members; ``where`` is the prefix of every line of an error."""
-    _name_vectors(values)
     if "grid" not in values:
         recipe = check_recipe(values, where)
         return Grid(recipe.out_dir, (recipe,))
@@ -67,13 +64,6 @@ def check_grid(values: dict[str, Any], where: str) -> Grid:
     if lines:
         raise ValueError("\n".join(f"{where}: {line}" for line in lines))
     return Grid(str(base["out_dir"]), tuple(recipes.values()))
-
-
-def _name_vectors(values: dict[str, Any]) -> None:
-    """Name the hook of a recipe that trains on files of vectors, where it names none: no model has it."""
-    harvest, section = values.get("harvest"), values.get("dictionary")
-    if isinstance(harvest, dict) and harvest.get("files") and isinstance(section, dict) and not section.keys() & NAMES_OF_HOOKS:
-        values["dictionary"] = section | {"hook": "vectors:out"}
 
 
 def told_together(problems: Mapping[str, list[str]], members: int) -> list[str]:

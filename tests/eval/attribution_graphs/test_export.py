@@ -275,7 +275,7 @@ def test_the_browser_shows_heads_scores_and_levels(tmp_path):
 
 
 def browsed(tmp_path, html, steps, width):
-    """What the script puts into the title of the page, in a browser that logs nothing."""
+    """Return the page's title, as its script sets it in a browser."""
     page = re.sub(r"<meta http-equiv.*?>", "", html).replace("</body>", f"<script>{steps}</script></body>")
     (tmp_path / "graph.html").write_text(page, encoding="utf-8")
     quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --enable-logging=stderr"

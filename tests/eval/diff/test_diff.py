@@ -43,7 +43,7 @@ def recipe(folder, tuned, **changes):
 
 @pytest.fixture(scope="module")
 def direction():
-    """What the neuron writes in the tuned model, for an activation of 1."""
+    """Return the vector that the neuron writes in the tuned model for an activation of 1."""
     torch.manual_seed(0)
     return 3 * torch.nn.functional.normalize(torch.randn(128), dim=0)
 

@@ -264,3 +264,16 @@ def test_changed_files_are_told_one_by_one():
         "harvest.files: b has other content than it had",
     ]
     assert vector_problems({}, after) == vector_problems(before, before) == []
+
+
+def test_recipes_on_vectors_are_compared_and_not_harvested(files, tmp_path):
+    from sparsary.training.recipe import check_recipe
+
+    # The hook has a name wherever a recipe is checked: alone, as a member of a grid, in a comparison.
+    assert check_recipe(recipe(files), "recipe").dictionary.hook == "vectors:out"
+    grid = recipe(files, grid={"dictionary.encoder.k": [1, 2]})
+    directory = sparsary.train(grid, out_dir=str(tmp_path / "grid"))
+    assert sorted(path.name for path in directory.iterdir() if path.is_dir()) == ["k=1", "k=2"]
+    (files / "recipe.yaml").write_text(json.dumps(recipe(files)))
+    with pytest.raises(ValueError, match=r"harvest\.files: vectors are read where they are, and not harvested"):
+        sparsary.harvest(files / "recipe.yaml")
