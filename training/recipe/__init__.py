@@ -174,8 +174,9 @@ NAMES_OF_HOOKS = {"hook", "hooks", "hook_in", "hook_out", "layer", "layers", "si
 def _with_named_vectors(values: dict[str, Any]) -> dict[str, Any]:
     """Name the hook of a recipe that trains on files of vectors, where it names none: no model has it."""
     harvest, section = values.get("harvest"), values.get("dictionary")
-    named = not isinstance(section, dict) or bool(section.keys() & NAMES_OF_HOOKS)
-    if named or not isinstance(harvest, dict) or not harvest.get("files"):
+    if not isinstance(section, dict) or not isinstance(harvest, dict):
+        return values
+    if section.keys() & NAMES_OF_HOOKS or not harvest.get("files"):
         return values
     return values | {"dictionary": section | {"hook": "vectors:out"}}
 
