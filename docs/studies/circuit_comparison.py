@@ -3,8 +3,8 @@
     python docs/studies/circuit_comparison.py --out runs/compared
     python docs/studies/circuit_comparison.py --out runs/compared --seeds 3
 
-The first takes about 10 minutes on one CPU core, and writes docs/results/circuit-comparison.json and pages below --out. The second
-repeats its main claims with other pairs and another fine-tuned copy for every seed, a few minutes each, and writes
+The first takes about 10 minutes on one CPU core, and writes docs/results/circuit-comparison.json and pages below --out. The
+second repeats its main claims with other pairs and another fine-tuned copy for every seed, a few minutes each, and writes
 docs/results/circuit-comparison-seeds.json.
 """
 

@@ -5,8 +5,8 @@ Run:  python docs/studies/model_diff.py runs/model_diffing/embedded
 
 The first, after `sparsary train recipes/model_diffing/embedded.yaml` and `sparsary diff runs/model_diffing/embedded`, reads the
 changed latents of `diff.json` (and the largest ones of the SAE on the difference, if `--difference-sae` trained one), encodes
-held-out documents with both models, and prints the F1 of each with the rule. The second tunes, trains and compares anew for every
-seed, into runs/model_diffing/seeds, and writes docs/results/model-diff.json; three seeds take 10 minutes of a core.
+held-out documents with both models, and prints the F1 of each with the rule. The second tunes, trains and compares anew for
+every seed, into runs/model_diffing/seeds, and writes docs/results/model-diff.json; three seeds take 10 minutes of a core.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def train_difference_sae(member: LoadedDictionary, directory: Path) -> SAE | Non
     values = member.provenance.get("recipe")
     if values is None:
         raise ValueError(
-            f"--difference-sae: expected a crosscoder with its recipe, got {member.directory} without. Leave --difference-sae out."
+            f"--difference-sae: expected a crosscoder with its recipe, got {member.directory} without. Leave the option out."
         )
     recipe = check_recipe(values, str(member.directory))
     differences = StoredDifferences(_store(recipe, member.provenance), recipe)
@@ -89,14 +89,14 @@ def _store(recipe: Recipe, provenance: dict[str, Any]) -> ActivationStore:
         store = ActivationStore.open(place.directory)
     except ValueError as error:
         raise ValueError(
-            f"--difference-sae: expected the activations that the crosscoder was trained on in {section.store}: {error} Harvest "
-            "them again: sparsary harvest CHECKPOINT/recipe.yaml."
+            f"--difference-sae: expected the activations that the crosscoder was trained on in {section.store}: {error} "
+            "Harvest them again: sparsary harvest CHECKPOINT/recipe.yaml."
         ) from None
     held, trained_on = ((each or {}).get("model") for each in (store.manifest.get("content"), provenance.get("content")))
     if held and trained_on and held != trained_on:
         raise ValueError(
-            f"--difference-sae: expected activations of the crosscoder's models in {section.store}, got those of others. Harvest "
-            "them again into another folder: sparsary harvest CHECKPOINT/recipe.yaml harvest.store=DIR."
+            f"--difference-sae: expected activations of the crosscoder's models in {section.store}, got those of others. "
+            "Harvest them again into another folder: sparsary harvest CHECKPOINT/recipe.yaml harvest.store=DIR."
         )
     return store
 

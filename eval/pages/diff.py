@@ -23,7 +23,10 @@ CHANGES = {
     "mean_difference": ("mean difference", "floor: the mean activation difference, added everywhere"),
     "pca": ("principal directions", "floor: the difference, projected onto as many principal directions as changed latents"),
     "random": ("random latents", "floor: as many of the other latents, drawn at random"),
-    "difference_sae": ("SAE on the difference", "floor: the difference, as an SAE trained on it by the same recipe reconstructs it"),
+    "difference_sae": (
+        "SAE on the difference",
+        "floor: the difference, as an SAE trained on it by the same recipe reconstructs it",
+    ),
     "difference_sae_few": ("SAE on the difference, few", "floor: as many of its latents as changed latents, the largest"),
 }
 KIND_WORDS = {

@@ -138,7 +138,7 @@ def gemma_scope(out: Path, x: torch.Tensor) -> None:
 
 
 def gemma_scope_crosscoder(out: Path, x: torch.Tensor) -> None:
-    """A weakly causal crosscoder: files as of a cross-layer transcoder, which circuit-tracer reads alike, in a folder of layers."""
+    """A weakly causal crosscoder: files as of a cross-layer transcoder, which circuit-tracer reads alike."""
     torch.manual_seed(300)
     folder = out / "gemma_scope_2_crosscoder" / "gemma-scope-2-1b-pt" / "crosscoder" / "layer_7_13_22_width_16k_l0_medium"
     folder.mkdir(parents=True)

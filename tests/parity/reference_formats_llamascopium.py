@@ -2,9 +2,9 @@
 
     .venv-peers/bin/python tests/parity/reference_formats_llamascopium.py tests/golden/formats/llamascopium
 
-Makes the folders that tests/sae/formats/test_llamascopium.py loads: random weights that nobody trained. Gates other than relu are
-at sites with equal decoder norms, because the library gates each site by the norm there. ``expected.safetensors`` has inputs
-``x`` and outputs ``y`` (tokens, sites, width) in raw units, and which latents ``fires`` (tokens, latents).
+Makes the folders that tests/sae/formats/test_llamascopium.py loads: random weights that nobody trained. Gates other than relu
+are at sites with equal decoder norms, because the library gates each site by the norm there. ``expected.safetensors`` has
+inputs ``x`` and outputs ``y`` (tokens, sites, width) in raw units, and which latents ``fires`` (tokens, latents).
 """
 
 import argparse

@@ -138,7 +138,10 @@ def test_an_sae_on_the_difference_has_a_section_of_its_own(values):
     assert "Trained on the difference" not in plain
     entry = {key: LATENT[key] for key in LATENT if key not in ("kind", "relative_norm", "cosine", "nu_error")}
     sae = {"folder": "difference_sae", "encoder": values["encoder"], "n_latents": 512, "fvu": 0.25, "l0": 15.5, "dead": 7}
-    values |= {"difference_sae_asked": True, "difference_sae": sae | {"latents": [entry | {"contribution": 0.625, "latent": 93}]}}
+    values |= {
+        "difference_sae_asked": True,
+        "difference_sae": sae | {"latents": [entry | {"contribution": 0.625, "latent": 93}]},
+    }
     html = render_diff(values)
     assert "fvu 0.25 of the difference" in html
     assert "0.625 of the summed squared contributions" in html
