@@ -6,7 +6,8 @@ Run:  python docs/studies/model_diff.py runs/model_diffing/embedded
 The first, after `sparsary train recipes/model_diffing/embedded.yaml` and `sparsary diff runs/model_diffing/embedded`, reads the
 changed latents of `diff.json` (and the largest ones of the SAE on the difference, if `--difference-sae` trained one), encodes
 held-out documents with both models, and prints the F1 of each with the rule. The second tunes, trains and compares anew for
-every seed, into runs/model_diffing/seeds, and writes docs/results/model-diff.json; three seeds take 10 minutes of a core.
+every seed, into runs/model_diffing/seeds, and writes docs/results/model-diff.json; three seeds take 10 minutes of a core,
+and an interrupted command goes on.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 import sparsary
-from sparsary.sae.files import read_json
+from sparsary.sae.files import read_json, write_json
 from sparsary.training.activations.model import load_model
 from sparsary.training.embedded.tune import batches, tune_embedded
 from sparsary.training.recipe import ModelSection
@@ -113,23 +114,31 @@ def read_run(run: Path, contexts: int) -> dict[str, Any]:
     return figures
 
 
-def run_seeds(seeds: int, out: Path, contexts: int) -> None:
-    """Tune, train, and compare for several seeds; write the figures of each, and their means with 95 % intervals."""
-    runs = []
-    for seed in range(seeds):
-        folder = out / str(seed)
-        if not (folder / "tuned" / "config.json").exists():
-            tune_embedded(seed=seed).save_pretrained(folder / "tuned")
-            sparsary.LanguageModel.from_pretrained("embedded", device="cpu").tokenizer.save_pretrained(folder / "tuned")
-        run = sparsary.train(
-            ROOT / "recipes" / "model_diffing" / "embedded.yaml",
-            models=["embedded", str(folder / "tuned")],
-            harvest__store=str(folder / "activations"),
-            out_dir=str(folder / "run"),
-            seed=seed,
-        )
+def run_seed(seed: int, folder: Path, contexts: int) -> dict[str, Any]:
+    """Tune, train, and compare for one seed, unless its figures are there from before, and return them."""
+    figures = folder / "figures.json"
+    if figures.exists():
+        return read_json(figures)
+    if not (folder / "tuned" / "config.json").exists():
+        tune_embedded(seed=seed).save_pretrained(folder / "tuned")
+        sparsary.LanguageModel.from_pretrained("embedded", device="cpu").tokenizer.save_pretrained(folder / "tuned")
+    run = sparsary.train(
+        ROOT / "recipes" / "model_diffing" / "embedded.yaml",
+        models=["embedded", str(folder / "tuned")],
+        harvest__store=str(folder / "activations"),
+        out_dir=str(folder / "run"),
+        seed=seed,
+    )
+    if not (Path(run) / "diff" / "diff.json").exists():
         sparsary.diff(run, tokens=TOKENS, seed=seed, difference_sae=True)
-        runs.append({"seed": seed} | read_run(Path(run), contexts))
+    found = {"seed": seed} | read_run(Path(run), contexts)
+    write_json(figures, found)
+    return found
+
+
+def run_seeds(seeds: int, out: Path, contexts: int) -> None:
+    """Run several seeds; write the figures of each, and their means with 95 % intervals."""
+    runs = [run_seed(seed, out / str(seed), contexts) for seed in range(seeds)]
     columns = {name: [run["closed"].get(name) for run in runs] for name in runs[0]["closed"]}
     columns |= {name: [run[name] for run in runs] for name in ("best_f1", "best_f1_difference_sae")}
     columns |= {kind: [run["counts"][kind] for run in runs] for kind in ("tuned_only", "base_only", "rotated")}
