@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .eval.circuits.benchmark import CircuitSettings, circuits
     from .eval.circuits.comparison.run import compare_circuits
     from .eval.compare.run import compare
+    from .eval.compare.similarity import similarity
     from .eval.diff.run import diff
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
@@ -81,6 +82,7 @@ __all__ = [
     "read_activations",
     "render",
     "sae",
+    "similarity",
     "train",
     "training",
     "transcoders",
@@ -102,6 +104,7 @@ _HOMES = {
     "eval.circuits.benchmark": "CircuitSettings circuits",
     "eval.circuits.comparison.run": "compare_circuits",
     "eval.compare.run": "compare",
+    "eval.compare.similarity": "similarity",
     "eval.diff.run": "diff",
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
@@ -348,7 +351,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "similarity", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

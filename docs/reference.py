@@ -41,7 +41,7 @@ API = {
         "Evaluation",
         "One function per command. Each writes the files that the command writes and returns their contents.",
         "evaluate evaluate_all InferenceMode features Explainer probe ProbingResults circuits CircuitSettings "
-        "compare_circuits attribution_graph compare diff Report Features",
+        "compare_circuits attribution_graph compare similarity diff Report Features",
     ),
     "sharing": (
         "Describing and sharing",

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +28,9 @@ from ..pages.document import encoder_words
 from ..pages.examples import RECORDS_DIGEST
 from ..pages.render import render_file
 from ..result import Features
-from .autointerp import Evidence, evidence, score_explanations
+from .autointerp import DEFAULT_SCORERS, SCORERS, Evidence, evidence, require_scorers, score_explanations
 from .collect import FeatureText, Limits, collect_features
+from .intervention import Continuations
 from .llm_client import Chat, Endpoint, LocalChat
 from .logit_lens import unembedding
 from .predicates import token_texts
@@ -41,6 +42,7 @@ RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
 log = logging.getLogger(__name__)
 # Folder that caches the explainer's answers.
 ANSWERS = "answers"
+NOT_CONTINUED = "there is no model to continue text"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Explainer:
         address: Base URL of an OpenAI-compatible API.
         latents: Number of latents to explain.
         key_env: Environment variable that holds the API key.
+        scorers: How explanations are scored: detection, fuzzing, intervention (the model under study continues text with the
+            latent added) or surprisal (a local explainer's loss).
 
     Example:
         >>> from sparsary import Explainer
@@ -64,6 +68,10 @@ class Explainer:
     latents: int = 20
     key_env: str = "OPENAI_API_KEY"
     requests_per_minute: int | float | None = None
+    scorers: tuple[str, ...] = DEFAULT_SCORERS
+
+    def __post_init__(self) -> None:
+        require_scorers(self.scorers)
 
     def chat(self, cache: Path) -> Chat:
         if self.latents < 1:
@@ -131,7 +139,9 @@ def features(
         written = write_features(directory, about, described.records())
         if explainer is None or chat is None:
             return written
-        explanations = explain_some(described, chat, explainer.latents)
+        scorers = explainer.scorers
+        continued = _continuations(opened, described) if "intervention" in scorers else NOT_CONTINUED
+        explanations = explain_some(described, chat, explainer.latents, scorers, continued)
     asked = [found for found in explanations.values() if isinstance(found, dict)]
     about |= {
         "explainer": chat.name,
@@ -139,14 +149,33 @@ def features(
         "malformed_answers": sum(found["malformed"] for found in asked),
         "questions": sum(found["questions"] for found in asked),
     }
-    for name in ("detection", "fuzzing"):
+    for name in scorers:
         known = [found[name] for found in asked if found[name] is not None]
         about[f"{name}_median"] = number(np.median(known)) if known else None
     about |= {f"explainer_{key}": value for key, value in chat.usage.entries().items()}
     return write_features(directory, about, replace(described, explanations=explanations).records())
 
 
-def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
+def _continuations(opened: LoadedCheckpoint, described: Described) -> Continuations | str:
+    """Return what a checkpoint's model writes with latents added, or the reason why there is nothing."""
+    member = opened.members[0]
+    reads, _ = hooks_of_provenance(member.provenance)
+    try:
+        model = eval_data(member.provenance, reads).model
+        # Hooks that the caller names are not in the files.
+        member.dictionary.provenance = member.provenance
+        return Continuations(model, member.dictionary.to(model.device), described.collected)
+    except ValueError as error:
+        return str(error)
+
+
+def explain_some(
+    described: Described,
+    chat: Chat,
+    count: int,
+    scorers: Sequence[str] = DEFAULT_SCORERS,
+    continuations: Continuations | str = NOT_CONTINUED,
+) -> dict[int, dict[str, Any] | str]:
     """Explain and score ``count`` latents, evenly spaced over those with enough text.
 
     Returns:
@@ -164,7 +193,8 @@ def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict
     asked = latents[:: max(1, -(-len(latents) // count))]
     with stage("explanations", len(asked), "latents") as explaining:
         for done, latent in enumerate(asked):
-            explanations[latent] = score_explanations(shown[latent], chat, chat).entries()
+            found = score_explanations(shown[latent], chat, chat, scorers=scorers, latent=latent, continuations=continuations)
+            explanations[latent] = found.entries()
             explaining.update(done + 1)
     return explanations
 
@@ -288,7 +318,7 @@ def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         words = "undefined" if value is None else f"median {value:.3f} over {about[f'{name}_latents']:,} latents"
         lines.append((name.replace("_", " "), words))
     if "explainer" in about:
-        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in ("detection", "fuzzing"))
+        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in SCORERS if f"{name}_median" in about)
         lines.append(("explained", f"{about['explained']} latents by {about['explainer']}   {scores}"))
         lines.append(
             (
