@@ -149,7 +149,7 @@ def _matched(a: _Compared, b: _Compared, seed: int) -> Row:
     if not len(atoms[0]) or not len(atoms[1]):
         row["reasons"]["matched_cosine"] = "training lost all latents"
         return row
-    found: Matching = match_latents(*atoms)
+    found: Matching = match_latents(atoms[0], atoms[1])
     row |= {
         "nearest_cosine_a": _number(found.nearest_a.mean()),
         "nearest_cosine_b": _number(found.nearest_b.mean()),
@@ -184,7 +184,9 @@ def _stitch_pairs(
     if activations is not None:
         for large, several in wanted.items():
             for row, small in several:
-                row |= _stitched(members[small], members[large], stitch(*_both(members, small, large), activations))
+                row |= _stitched(
+                    members[small], members[large], stitch(*_both(members, small, large, activations), activations)
+                )
         return
     for number, checkpoint in enumerate(opened):
         own = {member.hooks: at for at, member in enumerate(members) if member.checkpoint == number and at in wanted}
@@ -192,15 +194,14 @@ def _stitch_pairs(
             continue
         for hooks, x, y in _texts(checkpoint, tokens):
             large = own.get(hooks)
-            for row, small in wanted[large] if large is not None else ():
+            if large is None:
+                continue
+            for row, small in wanted[large]:
                 row |= _stitched(members[small], members[large], stitch(*_both(members, small, large, x), x, y))
 
 
-def _both(
-    members: Sequence[_Compared], small: int, large: int, x: Tensor | None = None
-) -> tuple[SparseDictionary, SparseDictionary]:
-    device = members[large].dictionary.W_dec.device if x is None else x.device
-    return members[small].dictionary.to(device), members[large].dictionary.to(device)
+def _both(members: Sequence[_Compared], small: int, large: int, x: Tensor) -> tuple[SparseDictionary, SparseDictionary]:
+    return members[small].dictionary.to(x.device), members[large].dictionary.to(x.device)
 
 
 def _texts(checkpoint: LoadedCheckpoint, tokens: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:

@@ -65,7 +65,8 @@ def random_cosine(n_a: int, n_b: int, d: int, seed: int = 0) -> float | None:
     if n_a * n_b > MATCHED_ENTRIES:
         return None
     draw = torch.Generator().manual_seed(seed)
-    found = match_latents(*(torch.randn(n, d, generator=draw) for n in (n_a, n_b)))
+    a, b = (torch.randn(n, d, generator=draw) for n in (n_a, n_b))
+    found = match_latents(a, b)
     return None if found.cosines is None else float(found.cosines.mean())
 
 
