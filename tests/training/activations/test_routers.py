@@ -157,7 +157,6 @@ def test_other_modules_are_no_routers():
         assert routing(output) is None
 
 
-@pytest.mark.long
 def test_the_routers_of_every_architecture_leave_out_what_is_off(tiny):
     """Wherever a site is found, an expert whose logit is minus infinity gets no token, and the same logits change nothing."""
     found = []
