@@ -2,11 +2,12 @@
 
     python docs/studies/rates.py embedded [--seeds 3] [--family topk ...] [--lr 5e-4 ...]
     python docs/studies/rates.py stories3M --seeds 1
+    python docs/studies/rates.py transcoders/embedded --family transcoder --family skip --auto betas --lr 1e-3 --lr 2e-3
 
 Writes a recipe for every variant of recipes/NAME, trains and evaluates them all with `sparsary compare` over one store, and
 prints the tables of docs/families.md: means over seeds, and every variant's difference to the recipe as it is, with Holm's
 correction over all of them. `betas: auto` is tried only where it differs from the default. Finished runs are reused. Writes
-docs/results/rates-NAME.json.
+docs/results/rates-NAME.json, with - for /.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def variants(family: str, path: Path, autos: list[str], rates: list[float]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("embedded", "stories3M"))
+    parser.add_argument("name", choices=("embedded", "stories3M", "transcoders/embedded"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--family", action="append", help=f"repeatable; by default {', '.join(FAMILIES)}")
     parser.add_argument("--auto", action="append", choices=("lr", "betas"), help="repeatable; by default both")
@@ -63,7 +64,7 @@ def main() -> None:
     files = [folder / f"{name}.yaml" for members in groups.values() for name in members]
     compare(files, seeds=options.seeds, out=out, against=files[0].stem)
     comparison = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    write_results(Path(f"docs/results/rates-{options.name}.json"), comparison)
+    write_results(Path(f"docs/results/rates-{options.name.replace('/', '-')}.json"), comparison)
 
     figures = {family["name"]: family for family in comparison["families"]}
     print("| variant | lr | betas | fvu | cross-entropy + | l0 | dead, scored | dead, training |\n|" + "---|" * 8)

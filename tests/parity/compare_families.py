@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from family_cases import DEAD_TOKENS, DECAY, ROOT, TRANSCODERS, WARMUP, Case, Embedded, PlantedCase
+from family_cases import DEAD_TOKENS, DECAY, ROOT, TRANSCODERS, WARMUP, Case, OfModel, PlantedCase
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -104,6 +104,8 @@ VARIANTS: dict[tuple[str, str], tuple[Variant, ...]] = {
     **{("dictionary_learning", family): (SCALED,) for family in ("relu", "gated", "jumprelu")},
     ("overcomplete", "jumprelu"): (Variant("our rate, standardized", normalize=True),),
     ("sparsify", "topk"): (Variant("Adam, our rate"), Variant("Signum, its rate", -1.0, "signum")),
+    # The rate of SAEs, and that of the transcoders here.
+    **{("sparsify", family): (Variant("rate of SAEs"), Variant("our rate", 3e-3)) for family in TRANSCODERS},
 }
 
 
@@ -165,9 +167,12 @@ class Comparison:
         size: dict[str, Any] = {"n_latents": 512, "k": 16, "lr": 1e-3, "batch": 512, "steps": 586}
         planted: dict[str, Any] = {"n_latents": 128, "k": 3, "lr": 3e-3, "batch": 1024, "steps": 600}
         mlp = ("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")
+        block = ("model.layers.3:out",) * 2
+        stories: dict[str, Any] = {"n_latents": 1024, "hooks": block, "recipes": "stories3M", "stored": 1.2}
         self.cases = {
-            "embedded": Embedded("embedded", work / "embedded", **size),
-            "mlp": Embedded("mlp", work / "mlp", **size, hooks=mlp),
+            "embedded": OfModel("embedded", work / "embedded", **size),
+            "mlp": OfModel("mlp", work / "mlp", **size, hooks=mlp),
+            "stories3M": OfModel("stories3M", work / "stories3M", **(size | stories)),
             "planted": PlantedCase("planted", work / "planted", **planted),
         }
 
@@ -328,7 +333,8 @@ def interpolated(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any
     return found
 
 
-FIGURES = {"embedded": ("fvu", "l0", "dead", "ce_recovered"), "planted": ("latent_f1", "mcc", "fvu", "l0", "dead")}
+OF_MODEL = ("fvu", "l0", "dead", "ce_recovered")
+FIGURES = {"embedded": OF_MODEL, "planted": ("latent_f1", "mcc", "fvu", "l0", "dead"), "stories3M": OF_MODEL}
 
 
 def rows_of(cells: Mapping[tuple[str, str], dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
@@ -373,7 +379,7 @@ def table(rows: Sequence[dict[str, Any]], name: str) -> str:
         cells = [f"`{row['family']}`", f"**{OURS}**" if row["library"] == OURS else row["library"]]
         for key in FIGURES[name]:
             mean, sd = row[key]["mean"], row[key]["sd"]
-            form = {"dead": ".1%", "l0": ".2f", "fvu": ".4f" if name == "embedded" else ".3f"}.get(key, ".3f")
+            form = {"dead": ".1%", "l0": ".2f", "fvu": ".3f" if name == "planted" else ".4f"}.get(key, ".3f")
             form = ".4f" if key == "ce_recovered" else form
             spread = f" ± {format(sd, form)}" if sd is not None and key in FIGURES[name][:1] else ""
             cells.append(format(mean, form) + spread)
@@ -404,6 +410,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--library", nargs="+", choices=(OURS, *sorted({x for each in FAMILIES.values() for x in each})))
+    parser.add_argument("--seeds", type=int, default=max(SEEDS.values()), help="at most so many seeds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="print the tables of what is there, and train nothing")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
@@ -413,10 +420,10 @@ def main() -> None:
     comparison = Comparison(options.work.resolve(), options.peers.absolute(), options.threads, not options.table)
     # All cells with one seed come first, so that an interrupted comparison has a row for each.
     found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for seeds in range(1, max(SEEDS.values()) + 1):
+    for seeds in range(1, min(options.seeds, max(SEEDS.values())) + 1):
         for name in options.case:
             for family in options.family:
-                if name == "planted" and family in TRANSCODERS:
+                if name != "embedded" and family in TRANSCODERS:
                     continue
                 for library in (OURS, *FAMILIES[family]):
                     if options.library and library not in options.library:
