@@ -3,16 +3,16 @@
     make peers
     .venv/bin/python docs/studies/race.py --text TEXT.jsonl --tokenizer openai-community/gpt2 --tokens 1000000 --json race.json
 
-TopK, 24,576 latents, k 32, on the output of block 5 of 12; contexts of 128 tokens, steps of 2,048, one pass. The model is built
-from GPT-2's configuration and saved as a Hugging Face directory; TEXT.jsonl has a {"text": ...} per line, of which as much is
-given to each library as it needs. All of them train on every token, special ones included. What else there is to set is each
-library's default; `race_runs.py` says how the others are run. Ours streams from the model, as theirs do; ``--library stored``
-runs ours with a store on disk in between.
+TopK, 24,576 latents, k 32, on the output of block 5 of 12; contexts of 128 tokens, steps of 2,048, one pass. The model is
+built from GPT-2's configuration and saved as a Hugging Face directory; TEXT.jsonl has a {"text": ...} per line, of which as
+much is given to each library as it needs. All of them train on every token, special ones included. What else there is to set
+is each library's default; `race_runs.py` says how the others are run. Ours streams from the model, as theirs do; ``--library
+stored`` runs ours with a store on disk in between.
 
-Prints a row per library: wall time of its process from start to saved SAE, processor time, peak resident memory, largest size of
-its files on disk (the model's and the text's not counted), and held-out fvu, as a sign that it was trained: rates and optimizers
-are each library's own and were not tuned. Then the ratios to the first row. Times are of one run on a machine that should be
-otherwise idle.
+Prints a row per library: wall time of its process from start to saved SAE, processor time, peak resident memory, largest size
+of its files on disk (the model's and the text's not counted), and held-out fvu, as a sign that it was trained: rates and
+optimizers are each library's own and were not tuned. Then the ratios to the first row. Times are of one run on a machine that
+should be otherwise idle.
 """
 
 import argparse

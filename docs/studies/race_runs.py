@@ -1,11 +1,14 @@
-"""Parts of ``race.py``, each in a process of its own: ``race_runs.py ORDER.json (prepare | saelens | sparsify | judge LIBRARY)``.
+"""Parts of ``race.py``, each in a process of its own.
+
+    race_runs.py ORDER.json (prepare | saelens | sparsify | judge LIBRARY)
 
 ``prepare`` and ``judge`` run in this project's environment, the others in the peers'. Each library's own entry point is used,
 with its defaults but for the sizes:
 
-- saelens: ``LanguageModelSAETrainingRunner`` on a model of transformers, which it stops after the hook; no logging, no checkpoints.
-- sparsify: ``chunk_and_tokenize`` and ``Trainer.fit``, as its command line does, which itself wants a GPU; no logging. Its Trainer
-  runs all blocks of the model.
+- saelens: ``LanguageModelSAETrainingRunner`` on a model of transformers, which it stops after the hook; no logging, no
+  checkpoints.
+- sparsify: ``chunk_and_tokenize`` and ``Trainer.fit``, as its command line does, which itself wants a GPU; no logging. Its
+  Trainer runs all blocks of the model.
 """
 
 # The libraries are installed in the peers' environment only, sparsary in its own.
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 
 # Contexts on which the trained SAEs are judged, from documents that no library trains on.
-JUDGED_CONTEXTS = 64
+JUDGED_CONTEXTS = 16
 # The text that is given to the libraries is this much longer than what they need, as some drop a part of it.
 SPARE = 1.1
 
@@ -133,8 +136,7 @@ def judge(order: dict[str, Any], library: str) -> None:
     folder = work / library / "sae"
     sae = sparsary.load(folder / f"h.{order['layer']}" if library == "sparsify" else folder)
     assert isinstance(sae, sparsary.SparseDictionary)
-    l0 = sum(len(sae.encode(rows).values) for rows in x.split(1024)) / len(x)
-    print(json.dumps({"fvu": float(fvu(x, torch.cat([sae(rows) for rows in x.split(1024)]))), "l0": l0}))
+    print(json.dumps({"fvu": float(fvu(x, torch.cat([sae(rows) for rows in x.split(1024)])))}))
 
 
 def main() -> None:
