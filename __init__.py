@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from .eval.attribution_graphs.run import attribution_graph
     from .eval.circuits.benchmark import CircuitSettings, circuits
     from .eval.circuits.comparison.run import compare_circuits
+    from .eval.circuits.mib import mib_submission
     from .eval.compare.run import compare
     from .eval.diff.run import diff
+    from .eval.features.neuronpedia.export import NeuronpediaExport
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
     from .eval.metrics.inference import InferenceMode
@@ -55,6 +57,7 @@ __all__ = [
     "Features",
     "InferenceMode",
     "LanguageModel",
+    "NeuronpediaExport",
     "ProbingResults",
     "Report",
     "SparseCode",
@@ -75,6 +78,7 @@ __all__ = [
     "harvest",
     "info",
     "load",
+    "mib_submission",
     "probe",
     "published",
     "push_to_hub",
@@ -101,8 +105,10 @@ _HOMES = {
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
     "eval.circuits.comparison.run": "compare_circuits",
+    "eval.circuits.mib": "mib_submission",
     "eval.compare.run": "compare",
     "eval.diff.run": "diff",
+    "eval.features.neuronpedia.export": "NeuronpediaExport",
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
     "eval.metrics.inference": "InferenceMode",

@@ -148,19 +148,32 @@ def _features(
     explain: Annotated[int, typer.Option(help="Number of latents to explain, with --explainer.")] = 20,
     key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = "OPENAI_API_KEY",
     requests_per_minute: Annotated[float | None, typer.Option(help="Rate limit for the endpoint.")] = None,
+    neuronpedia: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Also export to this folder, in the layout that Neuronpedia imports.")
+    ] = None,
+    neuronpedia_id: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL/LAYER-SET", help="Id of the export, such as gpt2-small/8-res-jb. Default: from the files."),
+    ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
     """Describe every latent on held-out documents; write features.jsonl, and features.html to browse and search."""
+    from .features.neuronpedia.export import NeuronpediaExport
     from .features.run import Explainer, features, features_summary
 
+    if neuronpedia_id is not None and neuronpedia is None:
+        raise ValueError("--neuronpedia-id: expected together with --neuronpedia DIR.")
+    export = None if neuronpedia is None else NeuronpediaExport(neuronpedia, neuronpedia_id)
     if address is not None and explainer is None:
         raise ValueError(
             "--explainer: expected the model's name at the endpoint with --address, got none. Give --explainer NAME."
         )
     asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
-    about = features(checkpoint, out, tokens, explainer=asked, options=options)
+    about = features(checkpoint, out, tokens, explainer=asked, options=options, neuronpedia=export)
     print_fields(features_summary(about))
+    if "neuronpedia_path" in about:
+        print(f"Neuronpedia: {about['neuronpedia_path']}")
     print(f"page: {about['page_path']}")
 
 
@@ -253,12 +266,16 @@ def _circuits(
             help="With --prompt: numbers of supernodes, coarse to fine (8,32,128); search a circuit along them.",
         ),
     ] = None,
+    mib: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only score the edges of the model, and write them for MIB: FILE.json, or a folder."),
+    ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
     """Find circuits of latents on prompt pairs, and compare them with neurons, heads and random features: circuits.html."""
     compare = compare or repair is not None
-    if not checkpoints and not compare:
+    if not checkpoints and not compare and mib is None:
         raise ValueError("CHECKPOINT: expected one or more, got none. Give a dictionary, or --compare with --model.")
     if model is not None and len(model) > 1 and not compare:
         raise ValueError(f"--model: expected one, got {len(model)}. Add --compare to compare two checkpoints of a model.")
@@ -267,9 +284,9 @@ def _circuits(
         from .attribution_graphs.run import attribution_graph
         from .attribution_graphs.summary import graph_summary, graph_tables
 
-        if task or method or compare or len(checkpoints) != 1:
+        if task or method or compare or mib is not None or len(checkpoints) != 1:
             raise ValueError(
-                "--prompt: expected one CHECKPOINT and neither --task, --method nor --compare: it draws one text's graph."
+                "--prompt: expected one CHECKPOINT and none of --task, --method, --compare, --mib: it draws one text's graph."
             )
         counts = _level_counts(levels)
         facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention, levels=counts)
@@ -286,7 +303,7 @@ def _circuits(
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
-    methods = {"methods": tuple(method)} if method else {"methods": ("attribution",)} if compare else {}
+    methods = {"methods": tuple(method)} if method else {"methods": ("attribution",)} if compare or mib is not None else {}
     tasks = {"tasks": tuple(task)} if task else {"tasks": repair} if repair else {}
     settings = CircuitSettings(
         ablation=ablation,
@@ -298,10 +315,18 @@ def _circuits(
         **methods,
         **tasks,
     )
+    if compare and mib is not None:
+        raise ValueError("--mib: expected without --compare: it scores the edges of one model.")
     if compare:
         from .circuits.comparison.cli import compare_and_print
 
         compare_and_print(checkpoints, settings, model or [], [repair] if repair else [], out, options)
+        return
+    if mib is not None:
+        from .circuits.mib import mib_submission
+
+        for row in mib_submission(checkpoints, mib, settings, options.model, options)["rows"]:
+            print(f"{row['task']}, {row['method']}: {row['edges']:,} edges: {row['file']}")
         return
     found = circuits(with_grids_members(checkpoints), settings, out, options)
     print_table(*best_rows(found))

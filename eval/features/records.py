@@ -63,6 +63,8 @@ class Described:
     tokens: TokenTable
     scores: dict[str, list[Score]]
     effects: list[tuple[np.ndarray, np.ndarray]] | str
+    # Where the effects come from.
+    lens: Unembedding | str
     known: Predicates
     # Each site's share of a latent's decoder norm; ``None`` but for crosscoders.
     shares: np.ndarray | None = None
@@ -205,6 +207,7 @@ def describe_latents(
             "logit_lens": logit_lens(collected.token_sample, codes, lens),
         },
         lens if isinstance(lens, str) else strongest_effects(lens, len(words)),
+        lens,
         known,
     )
 
