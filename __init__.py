@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from .eval.attribution_graphs.run import attribution_graph
     from .eval.circuits.benchmark import CircuitSettings, circuits
     from .eval.circuits.comparison.run import compare_circuits
+    from .eval.circuits.mib import mib_submission
     from .eval.compare.run import compare
+    from .eval.compare.similarity import similarity
     from .eval.diff.run import diff
+    from .eval.features.neuronpedia.export import NeuronpediaExport
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
     from .eval.metrics.inference import InferenceMode
@@ -55,6 +58,7 @@ __all__ = [
     "Features",
     "InferenceMode",
     "LanguageModel",
+    "NeuronpediaExport",
     "ProbingResults",
     "Report",
     "SparseCode",
@@ -75,12 +79,14 @@ __all__ = [
     "harvest",
     "info",
     "load",
+    "mib_submission",
     "probe",
     "published",
     "push_to_hub",
     "read_activations",
     "render",
     "sae",
+    "similarity",
     "train",
     "training",
     "transcoders",
@@ -101,8 +107,11 @@ _HOMES = {
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
     "eval.circuits.comparison.run": "compare_circuits",
+    "eval.circuits.mib": "mib_submission",
     "eval.compare.run": "compare",
+    "eval.compare.similarity": "similarity",
     "eval.diff.run": "diff",
+    "eval.features.neuronpedia.export": "NeuronpediaExport",
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
     "eval.metrics.inference": "InferenceMode",
@@ -348,7 +357,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "similarity", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

@@ -148,19 +148,44 @@ def _features(
     explain: Annotated[int, typer.Option(help="Number of latents to explain, with --explainer.")] = 20,
     key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = "OPENAI_API_KEY",
     requests_per_minute: Annotated[float | None, typer.Option(help="Rate limit for the endpoint.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer",
+            help="Scorer of explanations: detection, fuzzing, intervention or surprisal; repeatable. Default: the first two.",
+        ),
+    ] = None,
+    neuronpedia: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Also export to this folder, in the layout that Neuronpedia imports.")
+    ] = None,
+    neuronpedia_id: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL/LAYER-SET", help="Id of the export, such as gpt2-small/8-res-jb. Default: from the files."),
+    ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
     """Describe every latent on held-out documents; write features.jsonl, and features.html to browse and search."""
+    from .features.neuronpedia.export import NeuronpediaExport
     from .features.run import Explainer, features, features_summary
 
+    if neuronpedia_id is not None and neuronpedia is None:
+        raise ValueError("--neuronpedia-id: expected together with --neuronpedia DIR.")
+    export = None if neuronpedia is None else NeuronpediaExport(neuronpedia, neuronpedia_id)
     if address is not None and explainer is None:
         raise ValueError(
             "--explainer: expected the model's name at the endpoint with --address, got none. Give --explainer NAME."
         )
-    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
-    about = features(checkpoint, out, tokens, explainer=asked, options=options)
+    if scorer and explainer is None:
+        raise ValueError(
+            "--scorer: expected --explainer beside it, got none: it scores the explanations. Give --explainer NAME."
+        )
+    scorers = {"scorers": tuple(scorer)} if scorer else {}
+    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute, **scorers)
+    about = features(checkpoint, out, tokens, explainer=asked, options=options, neuronpedia=export)
     print_fields(features_summary(about))
+    if "neuronpedia_path" in about:
+        print(f"Neuronpedia: {about['neuronpedia_path']}")
     print(f"page: {about['page_path']}")
 
 
@@ -203,7 +228,7 @@ def _circuits(
         list[str] | None,
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids; --compare needs none with --model.",
+            help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids; none is needed with --model.",
         ),
     ] = None,
     task: Annotated[
@@ -213,7 +238,17 @@ def _circuits(
         list[str] | None,
         typer.Option("--method", help="Discovery method; repeatable. Default: attribution, relevance, random."),
     ] = None,
-    ablation: Annotated[str, typer.Option(help="Ablation: resample, mean, zero or optimal.")] = "resample",
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--units",
+            help="Unit set: latents, random, neurons, mlp_neurons, components (heads and MLPs) or experts; repeatable. "
+            "Default: all that there are.",
+        ),
+    ] = None,
+    ablation: Annotated[
+        str, typer.Option(help="Ablation: resample, mean, zero (experts of a mixture: off) or optimal.")
+    ] = "resample",
     corruption: Annotated[str | None, typer.Option(help="How prompts are corrupted. Default: the task's own.")] = None,
     pairs: Annotated[int, typer.Option(help="Number of prompt pairs: half to find circuits, half to evaluate them.")] = 100,
     edges: Annotated[bool, typer.Option("--edges", help="Also score edges between heads and MLPs.")] = False,
@@ -253,13 +288,17 @@ def _circuits(
             help="With --prompt: numbers of supernodes, coarse to fine (8,32,128); search a circuit along them.",
         ),
     ] = None,
+    mib: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only score the edges of the model, and write them for MIB: FILE.json, or a folder."),
+    ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Find circuits of latents on prompt pairs, and compare them with neurons, heads and random features: circuits.html."""
+    """Find circuits of latents on prompt pairs, beside those of neurons, heads, experts and random features: circuits.html."""
     compare = compare or repair is not None
-    if not checkpoints and not compare:
-        raise ValueError("CHECKPOINT: expected one or more, got none. Give a dictionary, or --compare with --model.")
+    if not checkpoints and not model and not compare and mib is None:
+        raise ValueError("CHECKPOINT: expected one or more, got none. Give a dictionary, or a model: --model MODEL --out DIR.")
     if model is not None and len(model) > 1 and not compare:
         raise ValueError(f"--model: expected one, got {len(model)}. Add --compare to compare two checkpoints of a model.")
     checkpoints, options = checkpoints or [], replace(options, model=model[0] if model else None)
@@ -267,9 +306,9 @@ def _circuits(
         from .attribution_graphs.run import attribution_graph
         from .attribution_graphs.summary import graph_summary, graph_tables
 
-        if task or method or compare or len(checkpoints) != 1:
+        if task or method or units or compare or mib is not None or len(checkpoints) != 1:
             raise ValueError(
-                "--prompt: expected one CHECKPOINT and neither --task, --method nor --compare: it draws one text's graph."
+                "--prompt: expected one CHECKPOINT and none of --task, --method, --units, --compare, --mib: it draws one graph."
             )
         counts = _level_counts(levels)
         facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention, levels=counts)
@@ -286,7 +325,7 @@ def _circuits(
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
-    methods = {"methods": tuple(method)} if method else {"methods": ("attribution",)} if compare else {}
+    methods = {"methods": tuple(method)} if method else {"methods": ("attribution",)} if compare or mib is not None else {}
     tasks = {"tasks": tuple(task)} if task else {"tasks": repair} if repair else {}
     settings = CircuitSettings(
         ablation=ablation,
@@ -295,13 +334,22 @@ def _circuits(
         seed=seed,
         edges=edges,
         random_circuits=random_circuits or 0,
+        units=tuple(units or ()),
         **methods,
         **tasks,
     )
+    if compare and mib is not None:
+        raise ValueError("--mib: expected without --compare: it scores the edges of one model.")
     if compare:
         from .circuits.comparison.cli import compare_and_print
 
         compare_and_print(checkpoints, settings, model or [], [repair] if repair else [], out, options)
+        return
+    if mib is not None:
+        from .circuits.mib import mib_submission
+
+        for row in mib_submission(checkpoints, mib, settings, options.model, options)["rows"]:
+            print(f"{row['task']}, {row['method']}: {row['edges']:,} edges: {row['file']}")
         return
     found = circuits(with_grids_members(checkpoints), settings, out, options)
     print_table(*best_rows(found))
@@ -387,6 +435,30 @@ def _compare(
         print()
     # Only recipes' figures, which are means over seeds, have a star at the best ones.
     print(("* best mean at the common l0\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
+
+
+@app.command("similarity")
+@_reads_dictionaries
+def _similarity(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Dictionaries of several seeds, widths or layers, or a stack.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Output directory for similarity.json. Default: print only.")] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="Held-out tokens for stitching; 0: directions only.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Random seed of the floor of random directions.")] = 0,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Compare latents of dictionaries: matched cosines, and the latents of one that the other lacks (stitching)."""
+    from .compare.similarity import similarity, similarity_table
+
+    found = similarity(checkpoints, out, tokens, seed=seed, options=options)
+    print_table(*similarity_table(found))
+    for row in found["rows"]:
+        for name, reason in row["reasons"].items():
+            print(f"{row['a']}, {row['b']}: no {name}: {reason}")
+    if out is not None:
+        print(f"results: {found['path']}")
 
 
 @app.command("convert")

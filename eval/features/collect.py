@@ -26,6 +26,8 @@ BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS = 4, -16, 128
 NO_TOKEN = -1
 # Added to the mark of tokens outside the mask.
 LEFT_OUT = 32
+# Function of a batch of contexts, and the activations and the code of its kept tokens.
+Watch = Callable[[ContextBatch, torch.Tensor, SparseCode], None]
 
 
 @dataclass(frozen=True)
@@ -436,13 +438,19 @@ class FeatureText:
         return BadTokens(self.harvest)
 
     @torch.no_grad()
-    def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[tuple[ContextBatch, SparseCode]]:
-        """Yield held-out contexts and their codes until ``tokens`` tokens are kept."""
+    def batches(
+        self, dictionary: SparseDictionary, tokens: int, watch: Watch | None = None
+    ) -> Iterator[tuple[ContextBatch, SparseCode]]:
+        """Yield held-out contexts and their codes until ``tokens`` tokens are kept; ``watch`` is called with each of them."""
         kept_tokens = 0
         contexts = context_batches(self.model, self.text, self.harvest, BATCH_CONTEXTS, heldout=True, bad=self.bad_texts)
         for some in contexts:
             batch, rows = some.finite_activations(self.model, self.reads, self.bad_tokens)
-            yield batch, dictionary.encode(torch.cat([rows[hook] for hook in self.reads], dim=-1))
+            x = torch.cat([rows[hook] for hook in self.reads], dim=-1)
+            code = dictionary.encode(x)
+            if watch is not None:
+                watch(batch, x, code)
+            yield batch, code
             kept_tokens += int(batch.kept.sum())
             if kept_tokens >= tokens:
                 return

@@ -19,8 +19,9 @@ Keys of a record, ``null`` if ``reasons`` has an entry of the same name:
 - ``sites``: of a crosscoder only, each site's share of the latent's decoder norm (``Crosscoder.relative_norms``), in the order
   of ``hooks_out`` in ``features.json``.
 - ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``, with ``details`` (``eval.features.scores``).
-- ``explanation``: ``text`` by a language model; ``detection`` and ``fuzzing``, its scores as balanced accuracy; ``details``,
-  the counts; numbers of ``questions`` and of ``malformed`` answers; its own ``reasons`` (``eval.features.autointerp``).
+- ``explanation``: ``text`` by a language model; its scores by the scorers asked for: ``detection``, ``fuzzing`` and
+  ``intervention`` as balanced accuracy, ``surprisal`` as AUROC; ``details``, the counts; numbers of ``questions`` and of
+  ``malformed`` answers; its own ``reasons`` (``eval.features.autointerp``).
 
 Numbers are rounded to five significant digits. ``features.json`` next to it holds the provenance, and medians over latents.
 """
@@ -37,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...training.chats import ROLES
+from .autointerp import SCORERS as EXPLANATION_SCORERS
 from .collect import LEFT_OUT, Collected, Examples, bin_edges
 from .logit_lens import Unembedding
 from .neighbours import Neighbours, Together, TokenTable, as_matrix, nearest_latents, together, token_table
@@ -64,6 +66,8 @@ class Described:
     tokens: TokenTable
     scores: dict[str, list[Score]]
     effects: list[tuple[np.ndarray, np.ndarray]] | str
+    # Where the effects come from.
+    lens: Unembedding | str
     known: Predicates
     # Each site's share of a latent's decoder norm; ``None`` but for crosscoders.
     shares: np.ndarray | None = None
@@ -138,7 +142,7 @@ class Described:
         if not isinstance(found, dict):
             return None
         details = {name: _rounded(values) for name, values in found["details"].items()}
-        scores = {name: None if found[name] is None else number(found[name]) for name in ("detection", "fuzzing")}
+        scores = {name: None if found[name] is None else number(found[name]) for name in EXPLANATION_SCORERS if name in found}
         return found | scores | {"details": details}
 
     def _histogram(self, latent: int) -> dict[str, list[Any]]:
@@ -213,6 +217,7 @@ def describe_latents(
             "logit_lens": logit_lens(collected.token_sample, codes, lens),
         },
         effects_of(lens, len(words)),
+        lens,
         known,
     )
 

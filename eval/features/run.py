@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,13 @@ from ..pages.document import encoder_words
 from ..pages.examples import RECORDS_DIGEST
 from ..pages.render import render_file
 from ..result import Features
-from .autointerp import Evidence, evidence, score_explanations
+from .autointerp import DEFAULT_SCORERS, SCORERS, Evidence, evidence, require_scorers, score_explanations
 from .collect import FeatureText, Limits, collect_features
+from .intervention import Continuations
 from .llm_client import Chat, Endpoint, LocalChat
 from .logit_lens import unembedding
+from .neuronpedia.export import NeuronpediaExport, write_neuronpedia
+from .neuronpedia.neurons import NeuronMoments
 from .predicates import token_texts
 from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, effects_of, number
 from .vectors import describe_vectors, vectors_summary
@@ -42,6 +45,7 @@ RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
 log = logging.getLogger(__name__)
 # Folder that caches the explainer's answers.
 ANSWERS = "answers"
+NOT_CONTINUED = "there is no model to continue text"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Explainer:
         address: Base URL of an OpenAI-compatible API.
         latents: Number of latents to explain.
         key_env: Environment variable that holds the API key.
+        scorers: How explanations are scored: detection, fuzzing, intervention (the model under study continues text with the
+            latent added) or surprisal (a local explainer's loss).
 
     Example:
         >>> from sparsary import Explainer
@@ -65,6 +71,10 @@ class Explainer:
     latents: int = 20
     key_env: str = "OPENAI_API_KEY"
     requests_per_minute: int | float | None = None
+    scorers: tuple[str, ...] = DEFAULT_SCORERS
+
+    def __post_init__(self) -> None:
+        require_scorers(self.scorers)
 
     def chat(self, cache: Path) -> Chat:
         if self.latents < 1:
@@ -89,6 +99,7 @@ def features(
     options: CheckpointOptions = NO_OPTIONS,
     model: LanguageModel | Any = None,
     tokenizer: Any = None,
+    neuronpedia: NeuronpediaExport | str | Path | None = None,
 ) -> Features:
     """Describe every latent of a checkpoint on held-out text; write three files and return the content of ``features.json``.
 
@@ -99,6 +110,7 @@ def features(
         explainer: Language model that explains some latents, once everything else is written.
         options: Model, text and hooks that the checkpoint does not record.
         model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
+        neuronpedia: Folder to export to as well, in the layout that Neuronpedia imports; a ``NeuronpediaExport`` has an id too.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit together.
@@ -113,11 +125,14 @@ def features(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
+    export = NeuronpediaExport(neuronpedia) if isinstance(neuronpedia, str | Path) else neuronpedia
     opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
     section = section_of_vectors(opened)
     if section is not None:
         if explainer is not None:
             raise ValueError("--explainer: expected none for a dictionary of vectors: explanations are of tokens in text.")
+        if neuronpedia is not None:
+            raise ValueError("--neuronpedia: expected none for a dictionary of vectors: Neuronpedia shows tokens of text.")
         return describe_vectors(opened, section, Path(out) if out is not None else opened.results / "features", tokens)
     opened = opened.completed()
     directory = Path(out) if out is not None else opened.results / "features"
@@ -128,11 +143,14 @@ def features(
         if chat is not None:
             # Fail before the long pass over the text.
             chat.require_ready()
-        described, about = described_checkpoint(opened, tokens, limits)
+        pass_ = described_checkpoint(opened, tokens, limits, export)
+        described, about = pass_.described, pass_.about
         written = write_features(directory, about, described.records())
         if explainer is None or chat is None:
-            return written
-        explanations = explain_some(described, chat, explainer.latents)
+            return pass_.exported(written, export)
+        scorers = explainer.scorers
+        continued = _continuations(opened, pass_) if "intervention" in scorers else NOT_CONTINUED
+        explanations = explain_some(described, chat, explainer.latents, scorers, continued)
     asked = [found for found in explanations.values() if isinstance(found, dict)]
     about |= {
         "explainer": chat.name,
@@ -140,14 +158,52 @@ def features(
         "malformed_answers": sum(found["malformed"] for found in asked),
         "questions": sum(found["questions"] for found in asked),
     }
-    for name in ("detection", "fuzzing"):
+    for name in scorers:
         known = [found[name] for found in asked if found[name] is not None]
         about[f"{name}_median"] = number(np.median(known)) if known else None
     about |= {f"explainer_{key}": value for key, value in chat.usage.entries().items()}
-    return write_features(directory, about, replace(described, explanations=explanations).records())
+    pass_ = replace(pass_, described=replace(described, explanations=explanations))
+    return pass_.exported(write_features(directory, about, pass_.described.records()), export)
 
 
-def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
+@dataclass(frozen=True)
+class DescribedCheckpoint:
+    """Descriptions of a checkpoint's latents, their provenance for ``features.json``, and what the pass ran.
+
+    ``moments`` are there for an export only.
+    """
+
+    described: Described
+    about: dict[str, Any]
+    model: LanguageModel
+    dictionary: SparseDictionary
+    moments: NeuronMoments | None
+
+    def exported(self, written: Features, export: NeuronpediaExport | None) -> Features:
+        """Write the export, if one is asked for, and return the written features with its folder."""
+        if export is not None and self.moments is not None:
+            folder = write_neuronpedia(export, self.about, self.model, self.dictionary, self.described, self.moments)
+            written["neuronpedia_path"] = str(folder)
+        return written
+
+
+def _continuations(opened: LoadedCheckpoint, pass_: DescribedCheckpoint) -> Continuations | str:
+    """Return what a checkpoint's model writes with latents added, or the reason why there is nothing."""
+    # Hooks that the caller names are not in the files.
+    pass_.dictionary.provenance = opened.members[0].provenance
+    try:
+        return Continuations(pass_.model, pass_.dictionary, pass_.described.collected)
+    except ValueError as error:
+        return str(error)
+
+
+def explain_some(
+    described: Described,
+    chat: Chat,
+    count: int,
+    scorers: Sequence[str] = DEFAULT_SCORERS,
+    continuations: Continuations | str = NOT_CONTINUED,
+) -> dict[int, dict[str, Any] | str]:
     """Explain and score ``count`` latents, evenly spaced over those with enough text.
 
     Returns:
@@ -165,7 +221,8 @@ def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict
     asked = latents[:: max(1, -(-len(latents) // count))]
     with stage("explanations", len(asked), "latents") as explaining:
         for done, latent in enumerate(asked):
-            explanations[latent] = score_explanations(shown[latent], chat, chat).entries()
+            found = score_explanations(shown[latent], chat, chat, scorers=scorers, latent=latent, continuations=continuations)
+            explanations[latent] = found.entries()
             explaining.update(done + 1)
     return explanations
 
@@ -174,8 +231,13 @@ def described_checkpoint(
     opened: LoadedCheckpoint,
     tokens: int | None = None,
     limits: Limits | None = None,
-) -> tuple[Described, dict[str, Any]]:
-    """Return the descriptions of a checkpoint's latents, and their provenance for ``features.json``."""
+    export: NeuronpediaExport | None = None,
+) -> DescribedCheckpoint:
+    """Return the descriptions of a checkpoint's latents, and their provenance for ``features.json``.
+
+    Args:
+        export: The export that follows, which needs sums over the same pass.
+    """
     member, *others = opened.members
     if others:
         hooks = ", ".join(hooks_of_provenance(member.provenance)[1][0] for member in opened.members)
@@ -185,14 +247,21 @@ def described_checkpoint(
     dictionary, provenance = member.dictionary, member.provenance
     arguments = dictionary.arguments()
     reads, writes = hooks_of_provenance(provenance)
+    if export is not None:
+        if len(reads) + len(writes) > 2:
+            raise ValueError(f"--neuronpedia: expected a dictionary of one hook, got {len(reads)} in and {len(writes)} out.")
+        # Before the long pass over the text.
+        export.source(opened.name, writes[0], str(provenance["model"]["id"]))
     where = eval_data(provenance, reads)
     model, text = where.model, where.text
     _require_widths(dictionary, model, reads)
     dictionary = dictionary.to(model.device)
     source = FeatureText(model, text, where.exclusions, reads)
     wanted = tokens or DEFAULT_TOKENS
+    moments = None if export is None else NeuronMoments(dictionary.n_latents, dictionary.d_in)
     with stage("features", wanted) as shown:
-        collected = collect_features(dictionary, source.batches(dictionary, wanted), limits, shown)
+        batches = source.batches(dictionary, wanted, None if moments is None else moments.update)
+        collected = collect_features(dictionary, batches, limits, shown)
     words = token_texts(model.tokenizer, len(model.tokenizer))
     seed = text.seed if text.source == "embedded" else None
     lens = unembedding(dictionary, model, provenance)
@@ -222,6 +291,7 @@ def described_checkpoint(
         "tokens": collected.tokens,
         "tokens_asked": wanted,
         "documents": collected.documents,
+        "context_length": text.context_length,
         "sampled_tokens": len(collected.token_sample.tokens),
         "predicates": len(described.known.names),
         "no_factors": described.known.missing,
@@ -232,7 +302,7 @@ def described_checkpoint(
         "left_out": left_out_words(where.exclusions, text),
         **({"chat_template": template_text(text.chat, model.tokenizer)} if collected.has_roles else {}),
     }
-    return described, about
+    return DescribedCheckpoint(described, about, model, dictionary, moments)
 
 
 def left_out_words(harvest: HarvestSection, text: TextSection) -> str:
@@ -293,7 +363,7 @@ def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         words = "undefined" if value is None else f"median {value:.3f} over {about[f'{name}_latents']:,} latents"
         lines.append((name.replace("_", " "), words))
     if "explainer" in about:
-        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in ("detection", "fuzzing"))
+        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in SCORERS if f"{name}_median" in about)
         lines.append(("explained", f"{about['explained']} latents by {about['explainer']}   {scores}"))
         lines.append(
             (

@@ -138,7 +138,7 @@ function head(i, latent) {
   if (d) box.append(make('p', 'said', make('span', 'label', 'best predicate: '), d.predicate,
     d.threshold ? ' (above ' + d.threshold + ' of the maximum)' : ''));
   if (latent.explanation && latent.explanation.text) {
-    const scores = ['detection', 'fuzzing'].filter(name => latent.explanation[name] !== null)
+    const scores = ['detection', 'fuzzing', 'intervention', 'surprisal'].filter(name => Number.isFinite(latent.explanation[name]))
       .map(name => name + ' ' + number(latent.explanation[name])).join(', ');
     box.append(make('p', 'said', make('span', 'label', 'explanation: '), latent.explanation.text,
       make('span', 'note', scores ? '  ' + scores : '')));

@@ -1,0 +1,1 @@
+"""Descriptions of latents in the files that Neuronpedia imports."""
