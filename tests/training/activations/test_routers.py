@@ -60,7 +60,7 @@ def mixture(tiny, kind):
         # Logits far enough apart that a token's experts differ from another's.
         router.weight.mul_(20)
         if kind == "deepseek_v3":
-            router.e_score_correction_bias.copy_(torch.linspace(0.3, -0.1, 8))
+            router.e_score_correction_bias.copy_(torch.linspace(1.5, -0.5, 8))
     return model, hook, router
 
 
