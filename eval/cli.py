@@ -374,6 +374,13 @@ def _diff(
         int | None, typer.Option(min=2, help="Held-out tokens to read. Default: the recipe's eval_tokens.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the latents patched as a floor.")] = 0,
+    difference_sae: Annotated[
+        bool,
+        typer.Option(
+            "--difference-sae",
+            help="Also train an SAE on the difference of the activations, by the crosscoder's recipe, as a floor.",
+        ),
+    ] = False,
     *,
     options: "CheckpointOptions",
 ) -> None:
@@ -381,7 +388,7 @@ def _diff(
     from .diff.run import diff
     from .diff.summary import diff_summary, diff_tables
 
-    found = diff(checkpoint, out, tokens, seed, options)
+    found = diff(checkpoint, out, tokens, seed, options, difference_sae)
     print_fields(diff_summary(found))
     for head, rows in diff_tables(found):
         print()

@@ -66,10 +66,13 @@ def open_dictionaries(checkpoint: str, options: CheckpointOptions = NO_OPTIONS) 
     model = opened.members[0].provenance["model"]
     one_site = {hook: dictionary for hook, dictionary in found.items() if isinstance(dictionary, OneSiteDictionary)}
     if len(one_site) < len(found):
-        raise ValueError(
-            f"{checkpoint}: expected dictionaries with one output hook each, got a cross-layer transcoder. Use an "
-            "attribution graph instead: --prompt TEXT."
+        others = {dictionary.arguments()["kind"] for hook, dictionary in found.items() if hook not in one_site}
+        what, instead = (
+            ("crosscoder", "Train SAEs at its hooks, or give none: --model MODEL --compare.")
+            if "crosscoder" in others
+            else ("cross-layer transcoder", "Use an attribution graph instead: --prompt TEXT.")
         )
+        raise ValueError(f"{checkpoint}: expected dictionaries with one output hook each, got a {what}. {instead}")
     reads = {hook: hooks_of_provenance(provenance)[0][0] for hook, provenance in provenances.items()}
     for dictionary in one_site.values():
         dictionary.requires_grad_(False)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ...sae.dictionary import SparseDictionary
 from ...sae.files import file_crc32, replacing, write_json
-from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
+from ...training.activations.model import LanguageModel, RemoteCodeRefused, each_model, load_model
+from ...training.activations.model_pair import NAMES
 from ...training.bad_rows import counted
 from ...training.chats import template_text
 from ...training.recipe import HarvestSection, ModelSection, TextSection
@@ -36,7 +37,7 @@ from .logit_lens import unembedding
 from .neuronpedia.export import NeuronpediaExport, write_neuronpedia
 from .neuronpedia.neurons import NeuronMoments
 from .predicates import token_texts
-from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, number
+from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, effects_of, number
 from .vectors import describe_vectors, vectors_summary
 
 RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
@@ -267,6 +268,9 @@ def described_checkpoint(
     described = describe_latents(collected, dictionary.atoms, words, lens, seed)
     if isinstance(dictionary, Crosscoder):
         described = replace(described, shares=dictionary.relative_norms().detach().cpu().numpy())
+        if len(each_model(model)) > 1:
+            base = unembedding(dictionary, model, provenance, NAMES[0])
+            described = replace(described, base_effects=effects_of(base, len(words)))
     left_out = source.bad_texts.until(None) + source.bad_tokens.found
     if left_out:
         log.warning("Excluded or repaired: %s.", counted(left_out))
@@ -280,6 +284,7 @@ def described_checkpoint(
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
         "model": model.id,
+        **({"models": [each.id for each in each_model(model)]} if len(each_model(model)) > 1 else {}),
         "hooks_in": list(reads),
         "hooks_out": list(writes),
         "text": text.source,

@@ -66,7 +66,7 @@ def marked_run(marked, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(marked_run):
-    return diff(str(marked_run))
+    return diff(str(marked_run), difference_sae=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,9 @@ def own_run(tmp_path_factory):
 
 
 def test_a_model_against_itself_has_no_exclusive_latents(own_run):
-    found = diff(str(own_run), tokens=4000)
+    found = diff(str(own_run), tokens=4000, difference_sae=True)
+    assert found["reasons"]["difference_sae"] == "the two models' activations are equal"
+    assert "difference_sae" not in found
     assert found["counts"]["tuned_only"] == found["counts"]["base_only"] == found["counts"]["rotated"] == 0
     assert found["counts"]["shared"] > 20
     assert found["latents"] == []
@@ -138,6 +140,49 @@ def test_patches_stand_between_floor_and_ceiling(found):
     # Patches of several directions may come as close, to rounding.
     assert closed["activation"] > max(closed.values()) - 0.005
     assert closed["changed"] > max(closed["random"], closed["unchanged"])
+
+
+def test_an_sae_on_the_difference_is_a_floor_by_the_same_recipe(found, marked_run, direction):
+    sae, crosscoder = sparsary.load(marked_run / "diff" / "difference_sae"), sparsary.load(marked_run)
+    assert (sae.n_latents, sae.d_in) == (crosscoder.n_latents, 128)
+    assert sae.arguments()["encoder"] == crosscoder.arguments()["encoder"]
+    recipes = [found.provenance["recipe"] for found in (sae, crosscoder)]
+    for key in ("tokens", "batch_tokens", "lr", "seed", "dead_after_tokens"):
+        assert recipes[0][key] == recipes[1][key]
+    entry = found["difference_sae"]
+    assert 0 < entry["fvu"] < 0.2
+    # What was added is one direction, with either sign, as neurons are negative at times.
+    rows = (sae.atoms * sae.out_scale)[[row["latent"] for row in entry["latents"]]].detach()
+    cosines = torch.nn.functional.cosine_similarity(rows, direction[None], dim=1)
+    assert float(cosines[0].abs()) > 0.9
+    assert float(cosines.max()) > 0.9
+    shares = [row["contribution"] for row in entry["latents"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.1 < sum(shares) < 1.0001
+    closed = {name: each["share"] for name, each in found["patching"]["closed"].items()}
+    assert closed["activation"] + 0.005 > closed["difference_sae"] > 0.5
+    assert "SAE on the difference" in found.html
+    assert "SAE on difference" in dict(diff_summary(found))
+
+
+def test_an_sae_on_the_difference_needs_the_crosscoder_s_store(shifted_run, marked_run, tmp_path):
+    with pytest.raises(ValueError, match=r"--difference-sae: expected a crosscoder with its recipe, got .* without"):
+        diff(str(shifted_run), difference_sae=True)
+    for change, message in (
+        (None, r"--difference-sae: expected a crosscoder trained from a store, got one trained on live activations"),
+        (
+            str(tmp_path / "gone"),
+            r"--difference-sae: expected the activations .*gone: .*sparsary harvest CHECKPOINT/recipe\.yaml",
+        ),
+    ):
+        copy = shutil.copytree(marked_run, tmp_path / f"copy{change is None}")
+        path = copy / "dictionary.json"
+        config = json.loads(path.read_text())
+        config.pop("checksum", None)
+        config["provenance"]["recipe"]["harvest"]["store"] = change
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            diff(str(copy), out=tmp_path / "out", difference_sae=True)
 
 
 @pytest.fixture(scope="module")
