@@ -183,6 +183,8 @@ def test_the_routers_of_every_architecture_leave_out_what_is_off(tiny):
     """Wherever a site is found, an expert whose logit is minus infinity gets no token, and the same logits change nothing."""
     found = []
     for kind in tiny.KINDS:
+        if "expert" not in " ".join(tiny.tiny_config(kind).to_dict()):
+            continue
         module = tiny.tiny_model(kind)
         model = LanguageModel(module, None, kind, None)
         blocks = [find_block(module, layer).router for layer in range(n_layers(module))]
@@ -197,4 +199,6 @@ def test_the_routers_of_every_architecture_leave_out_what_is_off(tiny):
         _, weights = routed(model, hook, router, lambda x, expert=expert: x.index_fill(-1, torch.tensor([expert]), -torch.inf))
         assert (weights[:, expert] == 0).all(), kind
         found.append(kind)
+    # Those without the site route in another way (JetMoE, Llama 4).
     assert set(RULES) <= set(found)
+    assert len(found) > 40
