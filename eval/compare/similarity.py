@@ -15,7 +15,7 @@ from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import LoadedCheckpoint, activations_on_text, open_checkpoint, short_names, with_grids_members, with_model
 from ..features.scores import activation_auroc
 from ..result import Report
-from .stitching import SAME, Matching, Stitching, match_latents, random_cosine, stitch
+from .stitching import SAME, LatentMatching, Stitching, match_latents, random_cosine, stitch
 
 SCHEMA_VERSION = 1
 DEFAULT_TOKENS = 20_000
@@ -149,7 +149,7 @@ def _matched(a: _Compared, b: _Compared, seed: int) -> Row:
     if not len(atoms[0]) or not len(atoms[1]):
         row["reasons"]["matched_cosine"] = "training lost all latents"
         return row
-    found: Matching = match_latents(atoms[0], atoms[1])
+    found: LatentMatching = match_latents(atoms[0], atoms[1])
     row |= {
         "nearest_cosine_a": _number(found.nearest_a.mean()),
         "nearest_cosine_b": _number(found.nearest_b.mean()),

@@ -24,7 +24,7 @@ BLOCK_ENTRIES, ROWS_AT_ONCE = 2**24, 512
 
 
 @dataclass(frozen=True, eq=False)
-class Matching:
+class LatentMatching:
     """Cosines between the decoder directions of two dictionaries.
 
     Args:
@@ -40,7 +40,7 @@ class Matching:
     partners: tuple[np.ndarray, np.ndarray] | None
 
 
-def match_latents(a: Float[Tensor, "latents_a d"], b: Float[Tensor, "latents_b d"], one_to_one: bool = True) -> Matching:
+def match_latents(a: Float[Tensor, "latents_a d"], b: Float[Tensor, "latents_b d"], one_to_one: bool = True) -> LatentMatching:
     """Match directions one to one so that the sum of cosines is largest, and find each one's nearest."""
     a, b = (torch.nn.functional.normalize(atoms.detach().float(), dim=-1) for atoms in (a, b))
     whole = one_to_one and len(a) * len(b) <= MATCHED_ENTRIES
@@ -54,10 +54,10 @@ def match_latents(a: Float[Tensor, "latents_a d"], b: Float[Tensor, "latents_b d
             blocks.append(cosines.cpu().numpy())
     ends = torch.cat(nearest_a).cpu().numpy(), nearest_b.cpu().numpy()
     if not whole:
-        return Matching(*ends, None, None)
+        return LatentMatching(*ends, None, None)
     cosines = np.concatenate(blocks)
     partners = linear_sum_assignment(cosines, maximize=True)
-    return Matching(*ends, cosines[partners], partners)
+    return LatentMatching(*ends, cosines[partners], partners)
 
 
 def random_cosine(n_a: int, n_b: int, d: int, seed: int = 0) -> float | None:

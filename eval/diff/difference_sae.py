@@ -151,11 +151,11 @@ class DifferenceCodes:
         """Return the statistics."""
         collected = self.collector.result()
         spread = self.total - float(self.sum.square().sum()) / collected.tokens
-        rows = difference_rows(self.sae).double().cpu()
+        rows = atoms_in_units(self.sae).double().cpu()
         return DifferencePass(collected, self.error / spread if spread else 0.0, self.squares * rows.square().sum(-1))
 
 
-def difference_rows(sae: SAE) -> Float[Tensor, "n_latents d"]:
+def atoms_in_units(sae: SAE) -> Float[Tensor, "n_latents d"]:
     """Return what one unit of every latent adds to the difference, in raw units."""
     return sae.atoms * sae.out_scale
 
@@ -164,5 +164,5 @@ def sae_change(sae: SAE, keep: Bool[Tensor, " n_latents"] | None = None) -> Chan
     """Return the change by the SAE's reconstruction of the difference, or by some of its latents alone, without the bias."""
     if keep is None:
         return lambda rows: sae(rows.tuned - rows.base)
-    kept = difference_rows(sae) * keep.to(sae.W_dec)[:, None]
+    kept = atoms_in_units(sae) * keep.to(sae.W_dec)[:, None]
     return lambda rows: sae.encode(rows.tuned - rows.base).to_dense(sae.n_latents) @ kept

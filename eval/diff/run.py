@@ -26,7 +26,7 @@ from ..features.records import Described, describe_latents, number
 from ..heldout import EvalData, Halves, eval_data, wanted_tokens
 from ..pages.render import render_file
 from ..result import Report
-from .difference_sae import DifferenceCodes, DifferencePass, difference_rows, sae_change, train_difference_sae
+from .difference_sae import DifferenceCodes, DifferencePass, atoms_in_units, sae_change, train_difference_sae
 from .differences import Differences, promoted_tokens
 from .kinds import BASE_ONLY, CHANGED, DEAD, EXCLUSIVE, KINDS, decoder_cosines, histogram, kinds_of, of_kinds
 from .patching import (
@@ -332,7 +332,7 @@ def _described(described: Described, latent: int, model: LanguageModel, row: Ten
 def _sae_entries(pair: DiffedPair, sae: SAE, found: DifferencePass, changed: int, words: list[str]) -> dict[str, Any]:
     """Return the figures of the SAE on the difference, and the latents that contribute most to it."""
     least, most = DESCRIBED_OF_SAE
-    rows, total = difference_rows(sae), float(found.contributions.sum())
+    rows, total = atoms_in_units(sae), float(found.contributions.sum())
     described = describe_latents(found.collected, rows, words, UNMEASURED_LENS, _corpus(pair))
     return {
         "folder": SAE_FOLDER,

@@ -35,7 +35,7 @@ class KnownMixture:
     experts: dict[str, str]
 
 
-def mixture(n_pairs: int = 20, seed: int = 0) -> KnownMixture:
+def known_mixture(n_pairs: int = 20, seed: int = 0) -> KnownMixture:
     """Return the model with ``n_pairs`` prompt pairs of each task."""
     stream = ResidualLayout(token=ASK + 1, position=3, mark=len(MARKS), item=ITEMS, answer=ITEMS, spare=1)
     config = ToyConfig(

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sparsary
 from sparsary.eval.circuits.compared_units import components, experts
-from sparsary.eval.circuits.known.mixture import ASK, ITEMS, MARKS, mixture
+from sparsary.eval.circuits.known.mixture import ASK, ITEMS, MARKS, known_mixture
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.scoring.roc import roc_auc
 from sparsary.eval.circuits.units.ablation import ablation_values
@@ -18,7 +18,7 @@ from sparsary.eval.circuits.units.nodes import NodeSpace
 
 @pytest.fixture(scope="module")
 def known():
-    return mixture()
+    return known_mixture()
 
 
 @pytest.fixture(scope="module")
