@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 import sparsary
 from sparsary.eval.checkpoint import open_checkpoint, thresholds_of
 from sparsary.eval.features.autointerp import evidence, score_explanations
+from sparsary.eval.features.llm_client import Chat, LlmUsage
 from sparsary.eval.features.neuronpedia.neurons import NeuronMoments, alignment
 from sparsary.eval.features.run import described_checkpoint
 from sparsary.eval.heldout import eval_data
@@ -265,18 +266,22 @@ def saedashboard(case: Case) -> Compared:
     return Compared(pairs, theirs)
 
 
-class WordJudge:
+class WordJudge(Chat):
     """The judge of run_tools.py's ``delphi``, for ours: it explains a latent by a word, and looks for it in excerpts."""
 
-    name = "word judge"
-
     def __init__(self, word: str):
-        self.word = word
+        self.name, self.usage, self.word = "word judge", LlmUsage(), word
 
-    def answer(self, system: str, question: str) -> str:
-        if "Description: " not in question:
+    def require_ready(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def answer(self, system: str, prompt: str) -> str:
+        if "Description: " not in prompt:
             return f"EXPLANATION: {self.word}"
-        excerpts = question.split("Excerpt ")[1:]
+        excerpts = prompt.split("Excerpt ")[1:]
         return json.dumps([int(self.word in re.split(r"\s|<<|>>", one.partition(":")[2])) for one in excerpts])
 
 

@@ -145,10 +145,13 @@ class TokenBatches:
 
 def adapted(given: Given) -> Any:
     """Our adapter of our own checkpoint; sparsary is on the path that compare_tools.py gives."""
+    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
+
     import sparsary
     from sparsary.eval.probing.saebench.adapter import SaeBenchAdapter
 
-    return SaeBenchAdapter(sparsary.load(given["checkpoint"]), "embedded", given["hook"])
+    adapter = SaeBenchAdapter(sparsary.load(given["checkpoint"]), "embedded", given["hook"])
+    return load_and_format_sae("ours", adapter, "cpu")[1]
 
 
 def fvu_of_mean_squares(loss: float, x: Tensor) -> float:
