@@ -14,6 +14,7 @@ import sys
 import urllib.request
 import warnings
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -390,16 +391,11 @@ def delphi(given: Given) -> dict[str, Any]:
     """delphi's cache and detection scorer on what we exported to sparsify; the judge looks for the explanation's word."""
     from unittest.mock import MagicMock
 
-    # Of these only names are imported: vLLM serves judges on GPUs, the others find hard negatives with an embedding model.
-    for name in (
-        "vllm",
-        "vllm.distributed",
-        "vllm.distributed.parallel_state",
-        "vllm.inputs",
-        "faiss",
-        "sentence_transformers",
-    ):
-        sys.modules[name] = MagicMock()
+    # Of these only names are imported: vLLM serves judges on GPUs, tiktoken counts the tokens of others, and the rest finds
+    # hard negatives with an embedding model.
+    vllm = ("vllm", "vllm.distributed", "vllm.distributed.parallel_state", "vllm.inputs")
+    for name in (*vllm, "tiktoken", "faiss", "sentence_transformers"):
+        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from functools import partial
 
