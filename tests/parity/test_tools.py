@@ -102,6 +102,9 @@ def test_a_tool_gives_our_figures_of_an_sae(tool, tools, sae, tmp_path):
     tokens = TOKENS if tool.startswith("sae") else tools.STEPS * tools.BATCH // 2
     found = tools.TOOLS[tool](tools.Case(sae, tmp_path, tokens))
     assert found.pairs
+    if tool == "saebench_core":
+        # Its variance is about no mean: docs/interoperability.md.
+        del found.pairs["explained_variance"]
     for name, (theirs, ours) in found.pairs.items():
         # SAELens's and SAEBench's KL is over positions without a next token too.
         assert theirs == pytest.approx(ours, rel=0.05 if name.startswith("kl") else 2e-4, abs=2e-5), name
