@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -64,16 +64,19 @@ def rerouted(
     with replacement:
         output = module.forward(*args, **kwargs)
     after = routing(output)
+    refused = (
+        f"hook {hook}: expected a router that chooses experts by the logits it returns, got a {type(module).__name__}, "
+        "which does not. Replace another hook; this one can be read."
+    )
     if not replacement.done or after is None:
-        raise HookError(
-            f"hook {hook}: expected a router that chooses experts by the logits it returns, got a "
-            f"{type(module).__name__}, in which these logits could not be found. Replace another hook; this one can be read."
-        )
-    nothing = (logits == -torch.inf).all(-1, keepdim=True)
-    if after.scores is None or not bool(nothing.any()):
+        raise HookError(refused)
+    off = logits == -torch.inf
+    if after.scores is None or not bool(off.any()):
         return output
     # 0 / 0 where scores are divided by their sum.
-    scores = after.scores.masked_fill(nothing, 0.0)
+    scores = after.scores.masked_fill(off.all(-1, keepdim=True), 0.0)
+    if bool((off.gather(1, after.indices.long()) & (scores != 0)).any()):
+        raise HookError(refused)
     return type(output)(scores if x is after.scores else x for x in output)
 
 
@@ -93,7 +96,7 @@ class _Replacement(TorchFunctionMode):
             found = func(*args, **kwargs)
             if _equal(found, self._before):
                 self.done = True
-                return self._logits
+                return self._logits.reshape(found.shape)
             return found
         if self._any_off and func in RANKINGS and args and args[0].numel() == self._off.numel():
             return self._ranked(func, args, kwargs)
@@ -101,10 +104,9 @@ class _Replacement(TorchFunctionMode):
 
     def _ranked(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         values, *rest = args
-        off = self._off.view(values.shape)
-        ranked = _below(values, off)
+        ranked = _below(values.reshape(self._off.shape), self._off).view(values.shape)
         found = func(ranked, *rest, **kwargs)
-        if off.shape == self._off.shape:
+        if values.shape[-1] == self._off.shape[-1]:
             # Scores may be computed from these values (GPT-OSS), so they are those of the router itself.
             return type(found)((values.gather(-1, found.indices), found.indices))
         # Experts in groups (DeepSeek-V3): a group without its best experts is worth less.
@@ -112,20 +114,22 @@ class _Replacement(TorchFunctionMode):
 
 
 def _equal(found: Any, before: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.shape == before.shape and torch.equal(found.detach().to(before), before)
+    # Tokens may still be in contexts where the logits are computed.
+    if not isinstance(found, Tensor) or found.numel() != before.numel() or found.shape[-1:] != before.shape[-1:]:
+        return False
+    return torch.equal(found.detach().reshape(before.shape).to(before), before)
 
 
-def _below(values: Shaped[Tensor, "tokens *experts"], off: Bool[Tensor, "tokens *experts"]) -> Tensor:
+def _below(values: Float[Tensor, "tokens n_experts"], off: Bool[Tensor, "tokens n_experts"]) -> Tensor:
     """Return values in which experts that are off are less than all others, but more than those that are ruled out (-inf).
 
     They are so much less that two others, whichever, add up to more than one other and one that is off.
     """
-    flat, flat_off = values.flatten(1), off.flatten(1)
-    others = ~flat_off & flat.isfinite()
-    least = flat.masked_fill(~others, torch.inf).amin(1, keepdim=True)
-    most = flat.masked_fill(~others, -torch.inf).amax(1, keepdim=True)
+    others = ~off & values.isfinite()
+    least = values.masked_fill(~others, torch.inf).amin(1, keepdim=True)
+    most = values.masked_fill(~others, -torch.inf).amax(1, keepdim=True)
     low = (2 * least - most - 1).nan_to_num(0.0, 0.0, 0.0)
-    return torch.where(flat_off, low, flat).view_as(values)
+    return torch.where(off, low, values)
 
 
 @contextmanager

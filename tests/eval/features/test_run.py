@@ -10,6 +10,7 @@ import torch
 
 import sparsary
 from sparsary.eval.features.collect import Limits
+from sparsary.eval.features.llm_client import Chat, LlmUsage
 from sparsary.eval.features.records import SCHEMA_VERSION
 from sparsary.eval.features.run import Explainer, features, features_summary
 from sparsary.sae import ENCODERS, SAE
@@ -232,3 +233,40 @@ def test_an_explainer_that_fails_later_leaves_what_was_written(checkpoint, tmp_p
         features(str(checkpoint), str(tmp_path), 500, LIMITS, explainer=Explainer("m", url))
     assert stub.requests
     assert len(lines(tmp_path)) == N
+
+
+class Agreeing(Chat):
+    """Explains everything by the same words, and says yes; every text has the same loss."""
+
+    name = "agreeing"
+
+    def __init__(self):
+        self.usage = LlmUsage()
+
+    def answer(self, system, prompt):
+        return "EXPLANATION: words" if "EXPLANATION:" in system else str([1] * prompt.count("Excerpt "))
+
+    def loss(self, prompt, text):
+        return 1.0
+
+    def require_ready(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_scorers_that_are_asked_for_are_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Explainer, "chat", lambda self, cache: Agreeing())
+    monkeypatch.setattr("sparsary.eval.features.intervention.NEW_TOKENS", 3)
+    limits = Limits(top=4, sample=20, before=11, after=4, background=80)
+    asked = Explainer("m", latents=1, scorers=("intervention", "surprisal"))
+    about = features(str(checkpoint), str(tmp_path), 4000, limits, explainer=asked)
+    (explained,) = (record["explanation"] for record in lines(tmp_path) if record["explanation"])
+    assert "detection" not in explained
+    # Yes to everything is right half of the time, and losses that are equal tell nothing.
+    assert (explained["intervention"], explained["surprisal"]) == (0.5, 0.5)
+    assert explained["details"]["intervention"]["recall"] == 1
+    assert (about["intervention_median"], about["surprisal_median"]) == (0.5, 0.5)
+    assert "detection_median" not in about
+    assert ("explained", "1 latents by agreeing   intervention 0.500   surprisal 0.500") in features_summary(about)
