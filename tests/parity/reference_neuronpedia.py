@@ -39,9 +39,9 @@ def main() -> None:
     for row in rows(folder, "activations"):
         # Its website marks the strongest contexts so; the client takes shares only.
         share = None if row["binContains"] == -1 else row["binContains"]
-        activations[int(row["index"])].append(Activation.from_np_db_json(row | {"binContains": share}))
+        activations[int(row["index"])].append(Activation.from_np_db_json(row | {"source": row["layer"], "binContains": share}))
     for row in rows(folder, "explanations"):
-        explanations[int(row["index"])].append(Explanation.from_np_db_json(row))
+        explanations[int(row["index"])].append(Explanation.from_np_db_json(row | {"source": row["layer"]}))
     features = [
         Feature(
             row["modelId"],

@@ -64,8 +64,9 @@ def transcoders(request, tmp_path_factory):
     if request.param == "across":
         d = CrossLayerTranscoder(LAYERS, LAYERS * D, LAYERS * D, LAYERS * 48, ENCODERS["relu"]())
         with torch.no_grad():
-            d.W_enc.normal_(std=0.1)
-            d.W_dec.normal_(std=0.05)
+            for name, parameter in d.named_parameters():
+                if name.startswith("W_"):
+                    parameter.normal_(std=0.1 if name.startswith("W_enc") else 0.05)
             d.b_enc.fill_(-0.4)
         d.save(folder, about(reads, writes))
         return str(folder)
