@@ -2,6 +2,7 @@
 
     python docs/studies/rates.py embedded [--seeds 3] [--family topk ...] [--lr 5e-4 ...]
     python docs/studies/rates.py stories3M --seeds 1
+    python docs/studies/rates.py transcoders --family transcoder --family skip --auto betas --lr 1e-3
 
 Writes a recipe for every variant of recipes/NAME, trains and evaluates them all with `sparsary compare` over one store, and
 prints the tables of docs/families.md: means over seeds, and every variant's difference to the recipe as it is, with Holm's
@@ -26,6 +27,7 @@ from sparsary.sae.files import write_json
 from sparsary.training.recipe import load_recipe
 from sparsary.training.recipe.schema import peak_lr
 
+FOLDERS = {"embedded": "embedded", "stories3M": "stories3M", "transcoders": "transcoders/embedded"}
 FAMILIES = ("topk", "jumprelu", "gated")
 FIGURES = ("fvu", "dead_fraction")
 
@@ -43,7 +45,7 @@ def variants(family: str, path: Path, autos: list[str], rates: list[float]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("embedded", "stories3M"))
+    parser.add_argument("name", choices=FOLDERS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--family", action="append", help=f"repeatable; by default {', '.join(FAMILIES)}")
     parser.add_argument("--auto", action="append", choices=("lr", "betas"), help="repeatable; by default both")
@@ -54,7 +56,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for family in options.family or FAMILIES:
-        path = Path("recipes") / options.name / f"{family}.yaml"
+        path = Path("recipes") / FOLDERS[options.name] / f"{family}.yaml"
         groups[family] = variants(family, path, options.auto or ["lr", "betas"], options.lr)
         for name, changes in groups[family].items():
             # JSON is YAML too. No encoder here reads gradients.

@@ -66,14 +66,20 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Embedded(Case):
-    """Case of the embedded model. ``hooks`` are those that dictionaries read and write."""
+class OfModel(Case):
+    """Case of a language model, with its recipes' folder.
+
+    ``hooks`` are those that dictionaries read and write, ``stored`` is the number of harvested tokens as a multiple of those of
+    a run. Transcoders keep their recipes' learning rate, which is larger than that of SAEs.
+    """
 
     hooks: tuple[str, str] = ("transformer.h.2:out", "transformer.h.2:out")
+    recipes: str = "embedded"
+    stored: float = 2.0
 
     @cached_property
     def source(self) -> Recipe:
-        return load_recipe(ROOT / "recipes" / "embedded" / "topk.yaml", {"harvest.gradients": False})
+        return load_recipe(ROOT / "recipes" / self.recipes / "topk.yaml", {"harvest.gradients": False})
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -88,7 +94,11 @@ class Embedded(Case):
         names = ("x", "y") if self.hooks[0] != self.hooks[1] else ("x",)
         hooks = dict(zip(names, self.hooks, strict=False))
         section = self.source.harvest.model_copy(
-            update={"hooks": tuple(hooks.values()), "tokens": 2 * self.tokens, "store": str(self.folder / "store")}
+            update={
+                "hooks": tuple(hooks.values()),
+                "tokens": round(self.stored * self.tokens),
+                "store": str(self.folder / "store"),
+            }
         )
         store = harvest_activations(self.model, self.source.text, section)
         stream = StoreStream(store, self.hooks[:1], 1, seed=0, hooks_out=self.hooks[1:] if len(names) > 1 else ())
@@ -104,14 +114,17 @@ class Embedded(Case):
         save_file({name: torch.cat(parts) for name, parts in found.items()}, self.folder / "heldout.safetensors")
 
     def recipe(self, family: str, knob: float, seed: int, out_dir: Path) -> Recipe:
-        path = {"transcoder": "transcoders/embedded/transcoder", "skip_transcoder": "transcoders/embedded/skip"}
-        file = ROOT / "recipes" / f"{path.get(family, f'embedded/{family}')}.yaml"
-        overrides = {"harvest.gradients": False} if family not in TRANSCODERS else {}
+        of_mlps = {"transcoder": "transcoder", "skip_transcoder": "skip"}
+        path = f"transcoders/{self.recipes}/{of_mlps[family]}" if family in of_mlps else f"{self.recipes}/{family}"
+        file = ROOT / "recipes" / f"{path}.yaml"
+        overrides: dict[str, Any] = {"dictionary.n_latents": self.n_latents}
+        if family not in TRANSCODERS:
+            overrides["harvest.gradients"] = False
         recipe = load_recipe(file, overrides | _budget(load_recipe(file, overrides).dictionary.encoder, knob))
-        schedule = {
+        schedule: dict[str, Any] = {
             "tokens": self.tokens,
             "batch_tokens": self.batch,
-            "lr": self.lr,
+            "lr": recipe.lr if family in TRANSCODERS else self.lr,
             "lr_warmup_steps": WARMUP,
             "lr_decay": DECAY,
         }

@@ -1,4 +1,4 @@
-"""Runs of several processes, started by torch's launcher, against runs of one."""
+"""Runs of several processes, started by torch's launcher or forked, against runs of one."""
 
 import functools
 import importlib.util
@@ -17,6 +17,16 @@ from sparsary.training.checkpoints import require_same_run
 from sparsary.training.recipe import check_recipe
 
 WORKER = Path(__file__).with_name("train_on_ranks.py")
+# The same as the worker, for processes that need not import everything anew.
+TRAINED = """
+import runpy
+import sparsary
+from sparsary.training import processes
+activations = runpy.run_path(worker)["activations"]()
+for directory, recipe in runs:
+    sparsary.train(recipe, [activations], out_dir=directory)
+processes.leave()
+"""
 STEPS = 30
 # One of each way to choose latents: by token, over the batch, by gradients, by thresholds.
 FEW = ("topk", "mutual_choice", "gradient_topk", "jumprelu")
@@ -43,12 +53,22 @@ def on_ranks(processes, directory, recipes):
     return [directory / str(number) for number in range(len(recipes))]
 
 
-@pytest.fixture(scope="module")
-def activations():
+def worker():
     spec = importlib.util.spec_from_file_location("train_on_ranks", WORKER)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.activations()
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_ranks(load_beside, embedded_model):
+    """Return the function that forks ranks from a server, which imports what is imported here: the model's libraries too."""
+    return load_beside("rank_processes").run_ranks
+
+
+@pytest.fixture(scope="module")
+def activations():
+    return worker().activations()
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +103,38 @@ def assert_same_run(one, other):
     [(2, 1, FEW), (2, 1, None), (2, 2, None), (4, 2, None)],
     ids=["two, few", "two", "two for the latents", "four"],
 )
-def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, processes, latents, names):
+def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, run_ranks, processes, latents, names):
     """Every save compares the ranks' weights bit by bit, so that the run would have ended if they differed."""
     specs = [spec for spec in encoder_specs.STARTED if latents == 1 or spec in encoder_specs.DIVIDED]
     specs = [spec for spec in specs if names is None or spec["name"] in names]
-    found = on_ranks(processes, tmp_path, [recipe(spec, latents) for spec in specs])
+    recipes = [recipe(spec, latents) for spec in specs]
+    if names is None:
+        found = on_ranks(processes, tmp_path, recipes)
+    else:
+        found = [tmp_path / str(number) for number in range(len(recipes))]
+        runs = [(str(directory), values) for directory, values in zip(found, recipes, strict=True)]
+        assert run_ranks(processes, TRAINED, {"worker": str(WORKER), "runs": runs}) == [0] * processes
     for spec, directory in zip(specs, found, strict=True):
         assert_same_run(alone(encoder_specs.spec_id(spec)), directory)
+
+
+# Encoders of crosscoders; their two sites are the activations, and the same in another order of columns.
+CROSSCODED = ("topk", "batch_topk", "jumprelu", "relu")
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_several_processes_train_crosscoders_as_one(activations, encoder_specs, tmp_path, latents):
+    section = {"kind": "crosscoder", "hook": None, "hooks": ["a:out", "b:out"]}
+    runs = []
+    for spec in encoder_specs.STARTED:
+        if spec["name"] in CROSSCODED and (latents == 1 or spec in encoder_specs.DIVIDED):
+            values = recipe(spec, latents, harvest={})
+            runs.append(values | {"dictionary": values["dictionary"] | section})
+    assert len(runs) > 1
+    x = worker().side_by_side(activations[0])
+    for number, (values, directory) in enumerate(zip(runs, on_ranks(2, tmp_path, runs), strict=True)):
+        one = sparsary.train(values | {"distributed": {"latents": 1}}, [x], out_dir=str(tmp_path / f"one{number}"))
+        assert_same_run(one, directory)
 
 
 def test_a_run_continues_on_another_mesh(activations, tmp_path):
@@ -155,6 +200,22 @@ LIVE = {
         "dictionary": LAYERS | {"joint": True},
         "distributed": {"latents": 2},
     },
+    "crosscoder, latents": {
+        "harvest": {"hooks": []},
+        "dictionary": {
+            "kind": "crosscoder",
+            "hook": None,
+            "hooks": ["transformer.h.0:out", HOOK, "transformer.h.2.mlp.c_proj:in"],
+            "encoder": {"name": "batch_topk", "k": 4},
+        },
+        "distributed": {"latents": 2},
+    },
+    # The second model with another hook stands for a tuned one.
+    "crosscoder of two models": {
+        "models": ["embedded", "embedded"],
+        "harvest": {"hooks": []},
+        "dictionary": {"kind": "crosscoder", "hook": None, "hooks": [HOOK, "transformer.h.2:out"]},
+    },
     "kl, latents": {"objective": "kl", "distributed": {"latents": 2}},
     "kl of prefixes": {"objective": "kl", "dictionary": {"encoder": {"name": "matryoshka", "k": 4}}},
     "kl from the middle": {"phases": [{"start": 0.5, "objective": "kl", "reconstruction_weight": 0.5}]},
@@ -178,20 +239,26 @@ def live_recipe(changes):
 
 
 @pytest.fixture(scope="module")
-def live_runs(load_beside, tmp_path_factory):
-    """Directories of a run in one process and in two, by case; the last one is continued by two that one began."""
-    folder, apart = tmp_path_factory.mktemp("live"), {}
+def live_runs(request, run_ranks, tmp_path_factory):
+    """Directories of a run in one process and in two, by case; one is continued by two that one began."""
+    # Those cases only that are tested.
+    chosen = {
+        item.callspec.params["name"] for item in request.session.items if "live_runs" in getattr(item, "fixturenames", ())
+    }
+    folder, apart, runs = tmp_path_factory.mktemp("live"), {}, []
     for number, (name, changes) in enumerate(LIVE.items()):
-        apart[name] = str(folder / f"one{number}"), str(folder / f"two{number}")
-        sparsary.train(live_recipe(changes) | {"distributed": {"latents": 1}}, out_dir=apart[name][0])
-    # The shorter run begins with the sample of the longer one.
-    begun = live_recipe({"lr_decay": 0.0, "tokens": 92 * 4, "calibration_tokens": 300})
-    apart["continued"] = str(folder / "whole"), str(folder / "begun")
-    sparsary.train(begun | {"tokens": 92 * 8}, out_dir=apart["continued"][0])
-    sparsary.train(begun, out_dir=apart["continued"][1])
-    recipes = [live_recipe(changes) for changes in LIVE.values()] + [begun | {"tokens": 92 * 8}]
-    runs = [(two, values) for (_, two), values in zip(apart.values(), recipes, strict=True)]
-    assert load_beside("rank_processes").run_ranks(2, LIVE_RUNS, {"runs": runs}) == [0, 0]
+        if name in chosen:
+            apart[name] = str(folder / f"one{number}"), str(folder / f"two{number}")
+            sparsary.train(live_recipe(changes) | {"distributed": {"latents": 1}}, out_dir=apart[name][0])
+            runs.append((apart[name][1], live_recipe(changes)))
+    if "continued" in chosen:
+        # The shorter run begins with the sample of the longer one.
+        begun = live_recipe({"lr_decay": 0.0, "tokens": 92 * 4, "calibration_tokens": 300})
+        apart["continued"] = str(folder / "whole"), str(folder / "begun")
+        sparsary.train(begun | {"tokens": 92 * 8}, out_dir=apart["continued"][0])
+        sparsary.train(begun, out_dir=apart["continued"][1])
+        runs.append((apart["continued"][1], begun | {"tokens": 92 * 8}))
+    assert run_ranks(2, LIVE_RUNS, {"runs": runs}) == [0, 0]
     return apart
 
 
