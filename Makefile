@@ -32,7 +32,7 @@ PORTABLE = $(TESTS) tests/sae tests/transcoders tests/training tests/eval tests/
 
 portable: install
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic $(PORTABLE)
-	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 SPARSARY_TEST_THREADS=2 $(PORTABLE)
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_WAIT_POLICY=passive SPARSARY_TEST_THREADS=2 $(PORTABLE)
 	SPARSARY_TEST_PRODUCTS=reordered $(PORTABLE)
 
 # At least 300 injected faults, in one process and in two; a real full disk needs root, which may mount one in memory.

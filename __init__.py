@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .eval.circuits.comparison.run import compare_circuits
     from .eval.circuits.mib import mib_submission
     from .eval.compare.run import compare
+    from .eval.compare.similarity import similarity
     from .eval.diff.run import diff
     from .eval.features.neuronpedia.export import NeuronpediaExport
     from .eval.features.run import Explainer, features
@@ -85,6 +86,7 @@ __all__ = [
     "read_activations",
     "render",
     "sae",
+    "similarity",
     "train",
     "training",
     "transcoders",
@@ -107,6 +109,7 @@ _HOMES = {
     "eval.circuits.comparison.run": "compare_circuits",
     "eval.circuits.mib": "mib_submission",
     "eval.compare.run": "compare",
+    "eval.compare.similarity": "similarity",
     "eval.diff.run": "diff",
     "eval.features.neuronpedia.export": "NeuronpediaExport",
     "eval.features.run": "Explainer features",
@@ -354,7 +357,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "similarity", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

@@ -353,7 +353,7 @@ def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
     Raises:
         ValueError: If the model, hook or text is unknown, or does not fit the dictionary.
     """
-    return {hook: sanity(dictionary, x, y) for hook, dictionary, x, y in _on_text(opened, tokens)}
+    return {hook: sanity(dictionary, x, y) for hook, dictionary, x, y in activations_on_text(opened, tokens)}
 
 
 @torch.no_grad()
@@ -366,7 +366,7 @@ def thresholds_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, float]:
         ValueError: As in ``sanity_of``.
     """
     found: dict[str, float] = {}
-    for hook, dictionary, x, _ in _on_text(opened, tokens):
+    for hook, dictionary, x, _ in activations_on_text(opened, tokens):
         if not isinstance(dictionary, OneSiteDictionary):
             continue
         gate, _ = gate_of(dictionary.encoder, dictionary.n_latents)
@@ -376,8 +376,12 @@ def thresholds_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, float]:
     return found
 
 
-def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, SparseDictionary, Tensor, Tensor | None]]:
-    """Yield each dictionary with its output hook, its inputs on some text, and its targets if they differ from the inputs."""
+def activations_on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, SparseDictionary, Tensor, Tensor | None]]:
+    """Yield each dictionary with its output hook, its inputs on held-out text, and its targets if they differ from the inputs.
+
+    Raises:
+        ValueError: As in ``sanity_of``.
+    """
     for member in opened.completed().members:
         reads, writes = hooks_of_provenance(member.provenance)
         where = eval_data(member.provenance, (*reads, *writes))

@@ -148,6 +148,13 @@ def _features(
     explain: Annotated[int, typer.Option(help="Number of latents to explain, with --explainer.")] = 20,
     key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = "OPENAI_API_KEY",
     requests_per_minute: Annotated[float | None, typer.Option(help="Rate limit for the endpoint.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer",
+            help="Scorer of explanations: detection, fuzzing, intervention or surprisal; repeatable. Default: the first two.",
+        ),
+    ] = None,
     neuronpedia: Annotated[
         str | None, typer.Option(metavar="DIR", help="Also export to this folder, in the layout that Neuronpedia imports.")
     ] = None,
@@ -169,7 +176,12 @@ def _features(
         raise ValueError(
             "--explainer: expected the model's name at the endpoint with --address, got none. Give --explainer NAME."
         )
-    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
+    if scorer and explainer is None:
+        raise ValueError(
+            "--scorer: expected --explainer beside it, got none: it scores the explanations. Give --explainer NAME."
+        )
+    scorers = {"scorers": tuple(scorer)} if scorer else {}
+    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute, **scorers)
     about = features(checkpoint, out, tokens, explainer=asked, options=options, neuronpedia=export)
     print_fields(features_summary(about))
     if "neuronpedia_path" in about:
@@ -216,7 +228,7 @@ def _circuits(
         list[str] | None,
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids; --compare needs none with --model.",
+            help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids; none is needed with --model.",
         ),
     ] = None,
     task: Annotated[
@@ -226,7 +238,17 @@ def _circuits(
         list[str] | None,
         typer.Option("--method", help="Discovery method; repeatable. Default: attribution, relevance, random."),
     ] = None,
-    ablation: Annotated[str, typer.Option(help="Ablation: resample, mean, zero or optimal.")] = "resample",
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--units",
+            help="Unit set: latents, random, neurons, mlp_neurons, components (heads and MLPs) or experts; repeatable. "
+            "Default: all that there are.",
+        ),
+    ] = None,
+    ablation: Annotated[
+        str, typer.Option(help="Ablation: resample, mean, zero (experts of a mixture: off) or optimal.")
+    ] = "resample",
     corruption: Annotated[str | None, typer.Option(help="How prompts are corrupted. Default: the task's own.")] = None,
     pairs: Annotated[int, typer.Option(help="Number of prompt pairs: half to find circuits, half to evaluate them.")] = 100,
     edges: Annotated[bool, typer.Option("--edges", help="Also score edges between heads and MLPs.")] = False,
@@ -273,10 +295,10 @@ def _circuits(
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Find circuits of latents on prompt pairs, and compare them with neurons, heads and random features: circuits.html."""
+    """Find circuits of latents on prompt pairs, beside those of neurons, heads, experts and random features: circuits.html."""
     compare = compare or repair is not None
-    if not checkpoints and not compare and mib is None:
-        raise ValueError("CHECKPOINT: expected one or more, got none. Give a dictionary, or --compare with --model.")
+    if not checkpoints and not model and not compare and mib is None:
+        raise ValueError("CHECKPOINT: expected one or more, got none. Give a dictionary, or a model: --model MODEL --out DIR.")
     if model is not None and len(model) > 1 and not compare:
         raise ValueError(f"--model: expected one, got {len(model)}. Add --compare to compare two checkpoints of a model.")
     checkpoints, options = checkpoints or [], replace(options, model=model[0] if model else None)
@@ -284,9 +306,9 @@ def _circuits(
         from .attribution_graphs.run import attribution_graph
         from .attribution_graphs.summary import graph_summary, graph_tables
 
-        if task or method or compare or mib is not None or len(checkpoints) != 1:
+        if task or method or units or compare or mib is not None or len(checkpoints) != 1:
             raise ValueError(
-                "--prompt: expected one CHECKPOINT and none of --task, --method, --compare, --mib: it draws one text's graph."
+                "--prompt: expected one CHECKPOINT and none of --task, --method, --units, --compare, --mib: it draws one graph."
             )
         counts = _level_counts(levels)
         facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention, levels=counts)
@@ -312,6 +334,7 @@ def _circuits(
         seed=seed,
         edges=edges,
         random_circuits=random_circuits or 0,
+        units=tuple(units or ()),
         **methods,
         **tasks,
     )
@@ -351,6 +374,13 @@ def _diff(
         int | None, typer.Option(min=2, help="Held-out tokens to read. Default: the recipe's eval_tokens.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the latents patched as a floor.")] = 0,
+    difference_sae: Annotated[
+        bool,
+        typer.Option(
+            "--difference-sae",
+            help="Also train an SAE on the difference of the activations, by the crosscoder's recipe, as a floor.",
+        ),
+    ] = False,
     *,
     options: "CheckpointOptions",
 ) -> None:
@@ -358,7 +388,7 @@ def _diff(
     from .diff.run import diff
     from .diff.summary import diff_summary, diff_tables
 
-    found = diff(checkpoint, out, tokens, seed, options)
+    found = diff(checkpoint, out, tokens, seed, options, difference_sae)
     print_fields(diff_summary(found))
     for head, rows in diff_tables(found):
         print()
@@ -405,6 +435,30 @@ def _compare(
         print()
     # Only recipes' figures, which are means over seeds, have a star at the best ones.
     print(("* best mean at the common l0\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
+
+
+@app.command("similarity")
+@_reads_dictionaries
+def _similarity(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Dictionaries of several seeds, widths or layers, or a stack.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Output directory for similarity.json. Default: print only.")] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="Held-out tokens for stitching; 0: directions only.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Random seed of the floor of random directions.")] = 0,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Compare latents of dictionaries: matched cosines, and the latents of one that the other lacks (stitching)."""
+    from .compare.similarity import similarity, similarity_table
+
+    found = similarity(checkpoints, out, tokens, seed=seed, options=options)
+    print_table(*similarity_table(found))
+    for row in found["rows"]:
+        for name, reason in row["reasons"].items():
+            print(f"{row['a']}, {row['b']}: no {name}: {reason}")
+    if out is not None:
+        print(f"results: {found['path']}")
 
 
 @app.command("convert")

@@ -46,7 +46,11 @@ def command(monkeypatch, capfd):
 
 
 def test_harvest_train_eval_info(command, recipe_values, write_recipe, caplog):
-    path, out, store = write_recipe(recipe_values), recipe_values["out_dir"], recipe_values["harvest"]["store"]
+    path, out, store = (
+        write_recipe(recipe_values | {"eval_tokens": 600}),
+        recipe_values["out_dir"],
+        recipe_values["harvest"]["store"],
+    )
     harvested = command("harvest", path)
     assert harvested.returncode == 0, harvested.stderr
     assert "training and" in harvested.stdout
@@ -77,6 +81,7 @@ def test_dry_run_shows_the_plan_and_does_nothing(command, recipe_values, write_r
 
 
 def test_a_grid_is_planned_and_trained_member_by_member(command, recipe_values, write_recipe):
+    recipe_values["harvest"]["tokens"] = 700
     path = write_recipe(recipe_values | {"tokens": 202, "grid": {"dictionary.encoder.k": [2, 3]}})
     planned = command("train", path, "--dry-run")
     assert planned.returncode == 0, planned.stderr
@@ -93,6 +98,7 @@ def test_a_grid_is_planned_and_trained_member_by_member(command, recipe_values, 
 
 def test_a_stack_by_layer_and_site_is_planned_harvested_trained_told_and_loaded(command, recipe_values, write_recipe):
     del recipe_values["harvest"]["hooks"]
+    recipe_values["harvest"]["tokens"] = 700
     recipe_values["dictionary"] = {"kind": "transcoder", "site": "mlp", "n_latents": 67, "encoder": {"name": "topk", "k": 5}}
     path = write_recipe(recipe_values | {"tokens": 202, "grid": {"dictionary.layer": [0, 1]}})
     planned = command("train", path, "--dry-run")
@@ -154,6 +160,7 @@ def test_a_user_s_error_is_one_message_and_status_2(command, recipe_values, writ
 
 
 def test_info_finds_damage(command, recipe_values, write_recipe):
+    recipe_values["harvest"]["tokens"] = 700
     assert command("harvest", write_recipe(recipe_values)).returncode == 0
     shard = Path(recipe_values["harvest"]["store"]) / "train-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -163,10 +170,11 @@ def test_info_finds_damage(command, recipe_values, write_recipe):
     assert "1 damaged" in described.stdout
 
 
-def test_the_facade(recipe_values, write_recipe):
-    path = write_recipe(recipe_values)
+def test_the_facade(recipe_values, write_recipe, no_page):
+    recipe_values["harvest"]["tokens"] = 2000
+    path = write_recipe(recipe_values | {"eval_tokens": 600})
     store = sparsary.harvest(path, **{"dictionary.n_latents": 71})
-    assert store.tokens("train") >= 6000
+    assert store.tokens("train") >= 1800
     directory = sparsary.train(path, dictionary__n_latents=71, lr=2e-3)
     d = sparsary.load(str(directory))
     assert (d.d_in, d.d_out, d.n_latents, d.training) == (128, 128, 71, False)

@@ -139,11 +139,11 @@ def test_training_on_arrays_needs_no_hook_and_no_file(tmp_path):
 
 def test_results_are_tables_and_pages(run, tmp_path):
     pytest.importorskip("pandas")
-    report = sparsary.evaluate(run, tokens=1200)
+    report = sparsary.evaluate(run, tokens=400)
     assert report.to_pandas().loc[0, "fvu"] == report["fvu"]
     assert "<html" in report.html
     assert "fvu" in report._repr_html_()
-    features = sparsary.features(run, tmp_path, tokens=1500)
+    features = sparsary.features(run, tmp_path, tokens=600)
     table = features.to_pandas()
     assert len(table) == 96
     assert "scores.predicate_f1" in table.columns

@@ -17,6 +17,8 @@ from .recipe import TextSource
 
 Reader = Callable[[Path, TextSource, BadTexts], Iterator[SourceDocument]]
 COMPRESSIONS = (".gz", ".zst")
+# Characters that are read at once of a file without lines.
+READ_CHARACTERS = 1 << 20
 COLUMN_REMEDY = "Set text.column to the key that holds the text."
 
 
@@ -106,7 +108,7 @@ def _opened(path: Path) -> TextIO:
 def _txt_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     pending, line, lines = "", 1, section.separator.count("\n")
     with _opened(path) as handle:
-        while chunk := handle.read(1 << 20):
+        while chunk := handle.read(READ_CHARACTERS):
             *whole, pending = (pending + chunk).split(section.separator)
             for text in whole:
                 yield SourceDocument(bad.clean(text, f"{path}:{line}"))

@@ -65,10 +65,11 @@ def attribution_graph(
     edge_threshold: float = EDGE_THRESHOLD,
     context_tokens: int = DEFAULT_TOKENS,
     options: CheckpointOptions = NO_OPTIONS,
-    model: LanguageModel | None = None,
+    model: LanguageModel | Any = None,
     attention: bool = False,
     levels: Sequence[int] = (),
     max_numbers: int = MAX_NUMBERS,
+    tokenizer: Any = None,
 ) -> Report:
     """Compute a prompt's attribution graph; write ``graph.json`` and ``graph.html``, and return its scores and sizes.
 
@@ -89,15 +90,20 @@ def attribution_graph(
         edge_threshold: Share of the influence that the kept edges carry.
         context_tokens: Held-out tokens to search for contexts of latents without a ``features.jsonl``; 0 skips this.
         options: Facts that the checkpoint's files leave open.
-        model: The model the transcoders belong to, if it is in memory; by default it is loaded by its id.
+        model: The model the transcoders belong to, if it is in memory: a ``LanguageModel``, or a model object in place of the
+            one that the checkpoint names, as in ``evaluate``. By default it is loaded by its id.
         attention: Add the heads and positions that carry each kept edge, and decompose the scores of the most influential ones.
         levels: Numbers of clusters, coarse to fine: group latents into supernodes and search a circuit along them by ablation.
         max_numbers: Entries of the largest tensor that the graph makes, which bounds the prompt's length times latents.
+        tokenizer: Tokenizer of a model object, if it has none itself.
 
     Raises:
         ValueError: If the checkpoint, its model, the prompt or a token is invalid, they do not fit each other, or the graph
             exceeds ``max_numbers``.
     """
+    if model is not None and not isinstance(model, LanguageModel):
+        model = LanguageModel.from_pretrained(model, tokenizer).named_by_weights()
+        options = options.updated(model=model.id)
     opened = open_graph_target(checkpoint, options, model)
     tokenizer = opened.model.tokenizer
     words = token_texts(tokenizer, len(tokenizer))

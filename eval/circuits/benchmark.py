@@ -21,10 +21,10 @@ from ...training.activations.model import LanguageModel
 from ...training.shortfalls import Shortfall, shortfall
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import with_grids_members
+from ..checkpoint import with_grids_members, with_model
 from ..pages.render import render_file
 from ..result import Report
-from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
+from .compared_units import UNIT_SETS, n_spaces, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, UnitScores
 from .methods.exact import ExactPatching
@@ -87,9 +87,11 @@ class CircuitSettings:
         edges: Also rank the edges between heads and MLPs.
         random_circuits: Number of random circuits per size, with as many units per hook as the circuit found: a floor of its
             curve. Each takes as long to evaluate as the circuit.
+        units: Names of ``UNIT_SETS`` in which circuits are looked for; by default all that there are.
 
     Raises:
-        ValueError: If a method or the ablation is unknown, there are fewer than 4 pairs, or fewer than 0 random circuits.
+        ValueError: If a method, the ablation or a unit set is unknown, there are fewer than 4 pairs, or fewer than 0 random
+            circuits.
 
     >>> import sparsary
     >>> sparsary.CircuitSettings(tasks=("ioi", "greater_than"), pairs=40).methods
@@ -104,9 +106,11 @@ class CircuitSettings:
     seed: int = 0
     edges: bool = False
     random_circuits: int = 0
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, asked, known in (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS)):
+        given = (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS))
+        for name, asked, known in (*given, ("--units", self.units, UNIT_SETS)):
             for value in asked:
                 require_choice(name, value, known)
         if self.pairs < 4:
@@ -121,16 +125,18 @@ DEFAULT_SETTINGS = CircuitSettings()
 
 
 def circuits(
-    checkpoints: str | Path | Sequence[str | Path],
+    checkpoints: str | Path | Sequence[str | Path] = (),
     settings: CircuitSettings = DEFAULT_SETTINGS,
     out: str | Path | None = None,
     options: CheckpointOptions = NO_OPTIONS,
+    model: str | Path | LanguageModel | Any = None,
+    tokenizer: Any = None,
 ) -> Report:
     """Discover circuits on prompt pairs, evaluate them, and write ``circuits.json`` and ``circuits.html``.
 
     Methods rank units on half of the pairs; circuits are evaluated on the other half. Latents are compared with neurons, heads
-    and MLPs, and random dictionaries of matched l0. With ``settings.edges``, edge scores are also written to
-    ``edges/TASK-METHOD.json``, in the format of EAP-IG and MIB.
+    and MLPs, experts of a mixture, and random dictionaries of matched l0. With ``settings.edges``, edge scores are also
+    written to ``edges/TASK-METHOD.json``, in the format of EAP-IG and MIB.
 
     Example::
 
@@ -139,21 +145,29 @@ def circuits(
             print(row["family"], row["method"], row.get("cpr"), row.get("cmd"))
 
     Args:
+        checkpoints: Dictionaries; without any, circuits are looked for among the units of ``model`` itself.
         out: Output directory, by default ``circuits`` in the first checkpoint's results directory.
+        model: Language model in place of the one that the checkpoints name: a hub id or directory, or one in memory.
+        tokenizer: Tokenizer of a model object, if it has none itself.
 
     Returns:
         The content of ``circuits.json``, with ``path`` and ``page_path``.
 
     Raises:
-        ValueError: If the dictionaries belong to different models, a task or method is unknown, or prompts cannot be used.
+        ValueError: If the dictionaries belong to different models, a task, method or unit set is unknown, or prompts cannot be
+            used.
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
     names = with_grids_members([str(checkpoint) for checkpoint in given])
+    named = isinstance(model, str | Path)
+    options = options.updated(model=str(model)) if named else with_model(options, model, tokenizer)
+    if not names and out is None:
+        raise ValueError("--out: required without a CHECKPOINT, whose folder results would be written to.")
     several = [open_dictionaries(name, options) for name in names]
-    model = open_model(several)
+    language_model = open_model(several, options)
     found: Row = {
         "schema_version": SCHEMA_VERSION,
-        "model": model.id,
+        "model": language_model.id,
         "checkpoints": names,
         "hooks": {dictionaries.name: list(dictionaries.by_hook) for dictionaries in several},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()},
@@ -165,20 +179,23 @@ def circuits(
         "circuits": [],
     }
     edge_files: dict[str, Row] = {}
-    with stage("circuits", n_steps(len(names), settings), "steps") as shown:
+    families_each = n_spaces(language_model, several, settings.units) + settings.edges
+    n_steps = families_each * len(settings.tasks) * len(settings.methods)
+    with stage("circuits", n_steps, "steps") as shown:
         for task in settings.tasks:
-            work = _Task(model, task, settings)
+            work = _Task(language_model, task, settings)
             _tell(
                 found,
                 shortfall("--pairs", settings.pairs, work.n_pairs, "pairs", f"{task} has no more pairs; intervals are wider"),
             )
             for dictionaries in several:
-                rows, doubts = prompt_fit(model, dictionaries, work.judged_on)
+                rows, doubts = prompt_fit(language_model, dictionaries, work.judged_on)
                 found["prompts"] += rows
                 _tell(found, doubts)
-            families: dict[str, Space] = {**spaces(model, several, work.chosen_on.clean, settings.seed)}
+            sets = spaces(language_model, several, work.chosen_on.clean, settings.seed, settings.units)
+            families: dict[str, Space] = {**sets}
             if settings.edges:
-                families["edges"] = EdgeSpace(model)
+                families["edges"] = EdgeSpace(language_model)
             for family, space in families.items():
                 for name in settings.methods:
                     shown.update(shown.done, f"{task}: {name} on {family}")
@@ -202,11 +219,6 @@ def _tell(found: Row, shortfalls: Sequence[Shortfall]) -> None:
         log.warning("%s.", each)
         found["shortfalls"].append(str(each))
         found["doubts"] += [str(each)] if each.doubtful else []
-
-
-def n_steps(checkpoints: int, settings: CircuitSettings) -> int:
-    """Return the number of unit sets to rank, over all tasks and methods."""
-    return (FAMILIES_EACH * checkpoints + BASELINES + settings.edges) * len(settings.tasks) * len(settings.methods)
 
 
 def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:

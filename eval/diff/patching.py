@@ -10,7 +10,9 @@ tokens.
 - ``reconstruction_difference``: the differences of all latents, with the biases;
 - ``mean_difference``: the mean activation difference, added everywhere;
 - ``pca``: the difference projected onto as many principal directions of differences as there are changed latents;
-- ``random``: as many latents as are changed (exclusive or rotated), drawn from the others that fire.
+- ``random``: as many latents as are changed (exclusive or rotated), drawn from the others that fire;
+- ``difference_sae``: the difference as an SAE trained on it reconstructs it; ``difference_sae_few``: as many of its latents as
+  are changed, those that contribute most.
 """
 
 from collections.abc import Callable, Iterable, Mapping

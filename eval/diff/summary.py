@@ -17,6 +17,11 @@ def diff_summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     if "true_exclusive" in found:
         true = found["true_exclusive"]
         lines.append(("truly exclusive", f"{true[BASE_ONLY]} of the base, {true[TUNED_ONLY]} of the tuned model"))
+    if "difference_sae" in found:
+        sae = found["difference_sae"]
+        lines.append(("SAE on difference", f"fvu {sae['fvu']:.4g}, l0 {sae['l0']:.4g}, {sae['dead']:,} dead"))
+    elif "difference_sae" in found["reasons"]:
+        lines.append(("SAE on difference", f"none: {found['reasons']['difference_sae']}"))
     return lines
 
 

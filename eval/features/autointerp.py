@@ -1,4 +1,8 @@
-"""Automated interpretability: a language model explains latents, and detection and fuzzing score the explanations.
+"""Automated interpretability: a language model explains latents, and ``SCORERS`` score the explanations.
+
+- ``detection``: does the latent fire in a window? ``fuzzing``: are the marked tokens of a window those on which it fires?
+- ``intervention``: does a continuation with the latent added fit the explanation (``intervention``)?
+- ``surprisal``: do windows become likelier behind the explanation (``surprisal``)?
 
 The explainer sees documents with even numbers, the scorers are tested on odd ones. Source: delphi (Paulo et al. 2024,
 arXiv:2410.13928): windows of 32 tokens, tokens above 0.3 of the maximum marked, five windows per question, malformed answers
@@ -10,15 +14,20 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from ...sae.suggestions import require_choice
 from .collect import Collected
+from .intervention import INTERVENE, Continuations
 from .llm_client import Chat
 from .scores import MIN_WINDOWS
+from .surprisal import surprisal
+from .windows import ActivatingWindow
 
-MARKED_SHARE = 0.3
+SCORERS = ("detection", "fuzzing", "intervention", "surprisal")
+DEFAULT_SCORERS = ("detection", "fuzzing")
 WINDOWS_PER_QUESTION = 5
 TRAIN_WINDOWS, TEST_WINDOWS = 40, 25
 
@@ -34,25 +43,6 @@ excerpt whether the tokens marked are those on which the neuron is active. Answe
 are excerpts, 1 for marked rightly, 0 for wrongly, and nothing else."""
 
 
-class ActivatingWindow(NamedTuple):
-    """Window of text with a latent's activation on each token."""
-
-    tokens: tuple[str, ...]
-    values: tuple[float, ...]
-
-    def text(self, marked: Sequence[bool] | None = None) -> str:
-        """Return the text, with marked tokens between ``<<`` and ``>>``."""
-        marks = marked or [False] * len(self.tokens)
-        # Tokens of a word-level vocabulary contain no spaces.
-        glue = "" if any(token[:1].isspace() for token in self.tokens) else " "
-        return glue.join(f"<<{token}>>" if mark else token for token, mark in zip(self.tokens, marks, strict=True))
-
-    def active(self) -> list[bool]:
-        """Return a mask of the tokens above ``MARKED_SHARE`` of the window's maximum."""
-        level = MARKED_SHARE * max(self.values, default=0.0)
-        return [value > 0 and value >= level for value in self.values]
-
-
 @dataclass(frozen=True)
 class Evidence:
     """Windows shown to the explainer, and held-out windows in which the latent does or does not fire."""
@@ -65,11 +55,17 @@ class Evidence:
 
 @dataclass
 class Result:
-    """Explanation of a latent, its scores, and the number of malformed answers. Each ``None`` has a reason."""
+    """Explanation of a latent, its scores by the scorers ``asked``, and the number of malformed answers.
+
+    Each ``None`` of these has a reason.
+    """
 
     text: str | None = None
     detection: float | None = None
     fuzzing: float | None = None
+    intervention: float | None = None
+    surprisal: float | None = None
+    asked: tuple[str, ...] = DEFAULT_SCORERS
     details: dict[str, dict[str, float | int]] = field(default_factory=dict)
     malformed: int = 0
     questions: int = 0
@@ -79,8 +75,7 @@ class Result:
         """Return the fields for ``features.jsonl``."""
         return {
             "text": self.text,
-            "detection": self.detection,
-            "fuzzing": self.fuzzing,
+            **{name: getattr(self, name) for name in self.asked},
             "details": self.details,
             "malformed": self.malformed,
             "questions": self.questions,
@@ -116,19 +111,70 @@ def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidenc
     return Evidence(train, positive, negative, float(collected.maxima[latent]))
 
 
-def score_explanations(shown: Evidence, explainer: Chat, scorer: Chat, seed: int = 22) -> Result:
-    """Ask for an explanation of a latent, then score it by detection and fuzzing."""
-    result = Result()
+def require_scorers(scorers: Sequence[str]) -> tuple[str, ...]:
+    """Return the scorers in the order of ``SCORERS``.
+
+    Raises:
+        ValueError: If one is unknown, or there is none.
+    """
+    for name in scorers:
+        require_choice("--scorer", name, SCORERS)
+    if not scorers:
+        raise ValueError(f"--scorer: expected one or more of {', '.join(SCORERS)}, got none.")
+    return tuple(name for name in SCORERS if name in scorers)
+
+
+def score_explanations(
+    shown: Evidence,
+    explainer: Chat,
+    scorer: Chat,
+    seed: int = 22,
+    scorers: Sequence[str] = DEFAULT_SCORERS,
+    latent: int = 0,
+    continuations: Continuations | str = "there is no model to continue text",
+) -> Result:
+    """Ask for an explanation of a latent, then score it.
+
+    Args:
+        scorers: Names of ``SCORERS``.
+        latent: The latent's number, for ``intervention``.
+        continuations: Text that the model writes with latents added, or the reason why there is none.
+    """
+    result = Result(asked=require_scorers(scorers))
     result.questions += 1
     result.text = explanation_in(explainer.answer(EXPLAIN, explain_prompt(shown)))
     if result.text is None:
         result.malformed += 1
-        result.reasons = dict.fromkeys(("text", "detection", "fuzzing"), "the explainer's answer holds no explanation")
+        result.reasons = dict.fromkeys(("text", *result.asked), "the explainer's answer holds no explanation")
         return result
-    detect = [(example.text(), True) for example in shown.positive] + [(example.text(), False) for example in shown.negative]
-    result.detection = _score(result, "detection", DETECT, detect, scorer, seed)
-    result.fuzzing = _score(result, "fuzzing", FUZZ, fuzzed(shown, seed), scorer, seed)
+    if "detection" in result.asked:
+        detect = [(example.text(), True) for example in shown.positive] + [
+            (example.text(), False) for example in shown.negative
+        ]
+        result.detection = _score(result, "detection", DETECT, detect, scorer, seed)
+    if "fuzzing" in result.asked:
+        result.fuzzing = _score(result, "fuzzing", FUZZ, fuzzed(shown, seed), scorer, seed)
+    if "intervention" in result.asked:
+        result.intervention = _intervention(result, latent, continuations, scorer, seed)
+    if "surprisal" in result.asked:
+        found = surprisal(result.text, shown.positive, shown.negative, scorer)
+        if isinstance(found, str):
+            result.reasons["surprisal"] = found
+        else:
+            result.surprisal, result.details["surprisal"] = found
     return result
+
+
+def _intervention(result: Result, latent: int, continuations: Continuations | str, scorer: Chat, seed: int) -> float | None:
+    if isinstance(continuations, str):
+        result.reasons["intervention"] = continuations
+        return None
+    try:
+        items = continuations.items(latent)
+    except ValueError as error:
+        result.reasons["intervention"] = str(error)
+        return None
+    return _score(result, "intervention", INTERVENE, items, scorer, seed)
 
 
 def explain_prompt(shown: Evidence) -> str:

@@ -14,7 +14,9 @@ import httpx
 import torch
 
 from ...sae.files import read_json, write_json
+from ...training.activations.hooked_model import next_token_loss
 from ...training.activations.model import LanguageModel
+from ...training.tokens import with_one_bos
 
 # Status codes that are worth a retry.
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -45,6 +47,10 @@ class Chat(ABC):
     @abstractmethod
     def answer(self, system: str, prompt: str) -> str:
         """Return the answer's text, unprocessed."""
+
+    def loss(self, prompt: str, text: str) -> float | None:
+        """Return the mean loss in nats of the tokens of a text behind a prompt; None if this model gives no losses."""
+        return None
 
     @abstractmethod
     def require_ready(self) -> None:
@@ -214,6 +220,24 @@ class LocalChat(Chat):
         self.usage.prompt_tokens += ids.shape[1]
         self.usage.completion_tokens += out.shape[1] - ids.shape[1]
         return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def loss(self, prompt: str, text: str) -> float | None:
+        """Return the mean loss of a text's tokens. A prompt too long for the model loses its beginning; None without a text."""
+        tokenizer = self.model.tokenizer
+        before, tokens = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (prompt, text))
+        longest = getattr(self.model.module.config, "max_position_embeddings", None) or len(before) + len(tokens) + 1
+        tokens = tokens[: longest - 1]
+        room = longest - len(tokens)
+        ids = with_one_bos([*before[max(0, len(before) - room + 1) :], *tokens], tokenizer.bos_token_id)[-longest:]
+        # The first token has nothing before it that predicts it.
+        count = min(len(tokens), len(ids) - 1)
+        if count < 1:
+            return None
+        token_ids = torch.tensor([ids], device=self.model.device)
+        self.usage.requests += 1
+        self.usage.prompt_tokens += len(ids)
+        return float(next_token_loss(self.model.logits(token_ids), token_ids)[0, -count:].mean())
 
     def require_ready(self) -> None:
         pass

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...sae.dictionary import SparseDictionary
 from ...sae.one_site import OneSiteDictionary
 from ...training.activations.architecture import Architecture
-from ...training.activations.model import LanguageModel
+from ...training.activations.model import LanguageModel, each_model
+from ...training.activations.model_pair import NAMES, ModelPair, own_hook, side_of
 from ...transcoders.stack import hooks_of_provenance
 from ..virtual_weights.attention_heads import residual_atoms
 
@@ -37,13 +38,24 @@ class Unembedding(NamedTuple):
 
 
 @torch.no_grad()
-def unembedding(dictionary: SparseDictionary, model: LanguageModel, provenance: Mapping[str, Any]) -> Unembedding | str:
+def unembedding(
+    dictionary: SparseDictionary, model: LanguageModel, provenance: Mapping[str, Any], side: str | None = None
+) -> Unembedding | str:
     """Return the path from latents to logits, or the reason why it is undefined.
 
     A crosscoder writes the same stream at several sites: the path is that from its last.
+
+    Args:
+        side: Of two models, the one whose logits are reached; default: that of the last hook.
     """
     hooks = hooks_of_provenance(provenance)[1]
     places = list(zip(dictionary.sites, hooks, strict=True))
+    if isinstance(model.module, ModelPair):
+        side = side or side_of(hooks[-1])
+        places = [(site, own_hook(hook)) for site, hook in places if side_of(hook) == side]
+        model = each_model(model)[NAMES.index(side)]
+        if not places:
+            return f"it writes to no hook of the {side} model"
     try:
         anatomy = Architecture(model)
     except ValueError as error:

@@ -15,11 +15,13 @@ Keys of a record, ``null`` if ``reasons`` has an entry of the same name:
   Pearson's correlation, zeros included. ``nearest``: latents by cosine of decoder directions. See ``eval.features.neighbours``.
 - ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation
   (``eval.features.logit_lens``).
+- ``logits_base``: of a crosscoder of two models only, the same for the base model, whose tuned copy ``logits`` is of.
 - ``sites``: of a crosscoder only, each site's share of the latent's decoder norm (``Crosscoder.relative_norms``), in the order
   of ``hooks_out`` in ``features.json``.
 - ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``, with ``details`` (``eval.features.scores``).
-- ``explanation``: ``text`` by a language model; ``detection`` and ``fuzzing``, its scores as balanced accuracy; ``details``,
-  the counts; numbers of ``questions`` and of ``malformed`` answers; its own ``reasons`` (``eval.features.autointerp``).
+- ``explanation``: ``text`` by a language model; its scores by the scorers asked for: ``detection``, ``fuzzing`` and
+  ``intervention`` as balanced accuracy, ``surprisal`` as AUROC; ``details``, the counts; numbers of ``questions`` and of
+  ``malformed`` answers; its own ``reasons`` (``eval.features.autointerp``).
 
 Numbers are rounded to five significant digits. ``features.json`` next to it holds the provenance, and medians over latents.
 """
@@ -36,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...training.chats import ROLES
+from .autointerp import SCORERS as EXPLANATION_SCORERS
 from .collect import LEFT_OUT, Collected, Examples, bin_edges
 from .logit_lens import Unembedding
 from .neighbours import Neighbours, Together, TokenTable, as_matrix, nearest_latents, together, token_table
@@ -68,6 +71,8 @@ class Described:
     known: Predicates
     # Each site's share of a latent's decoder norm; ``None`` but for crosscoders.
     shares: np.ndarray | None = None
+    # Strongest logit effects in the base of two models, or the reason why there are none; ``None`` with one model.
+    base_effects: list[tuple[np.ndarray, np.ndarray]] | str | None = None
     # By latent: the entries of a Result, or the reason why there is none.
     explanations: dict[int, dict[str, Any] | str] = field(default_factory=dict)
 
@@ -117,12 +122,17 @@ class Described:
         }
         if self.shares is not None:
             record["sites"] = [number(share) for share in self.shares[latent]]
+        base = self.base_effects
+        if base is not None:
+            record["logits_base"] = None if isinstance(base, str) else self._logits(*base[latent])
         reasons = {f"scores.{name}": score.reason for name, score in scores.items() if score.value is None}
         if not fired:
             reasons |= dict.fromkeys(("max_activation", "mean_activation", "histogram"), UNSEEN)
             reasons |= {f"scores.{name}": UNSEEN for name in scores}
         if isinstance(self.effects, str):
             reasons["logits"] = self.effects
+        if isinstance(base, str):
+            reasons["logits_base"] = base
         if record["explanation"] is None:
             reasons["explanation"] = str(self.explanations.get(latent, NOT_ASKED))
         return record | {"reasons": reasons}
@@ -132,7 +142,7 @@ class Described:
         if not isinstance(found, dict):
             return None
         details = {name: _rounded(values) for name, values in found["details"].items()}
-        scores = {name: None if found[name] is None else number(found[name]) for name in ("detection", "fuzzing")}
+        scores = {name: None if found[name] is None else number(found[name]) for name in EXPLANATION_SCORERS if name in found}
         return found | scores | {"details": details}
 
     def _histogram(self, latent: int) -> dict[str, list[Any]]:
@@ -206,10 +216,15 @@ def describe_latents(
             "example_embedding": example_embedding(collected, len(words)),
             "logit_lens": logit_lens(collected.token_sample, codes, lens),
         },
-        lens if isinstance(lens, str) else strongest_effects(lens, len(words)),
+        effects_of(lens, len(words)),
         lens,
         known,
     )
+
+
+def effects_of(lens: Unembedding | str, vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]] | str:
+    """Return ``strongest_effects``, or the reason why there are none."""
+    return lens if isinstance(lens, str) else strongest_effects(lens, vocabulary)
 
 
 def strongest_effects(lens: Unembedding, vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 
 from ...sae.dictionary import SparseDictionary
 from ...sae.files import file_crc32, replacing, write_json
-from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
+from ...training.activations.model import LanguageModel, RemoteCodeRefused, each_model, load_model
+from ...training.activations.model_pair import NAMES
 from ...training.bad_rows import counted
 from ...training.chats import template_text
 from ...training.recipe import HarvestSection, ModelSection, TextSection
@@ -28,14 +29,15 @@ from ..pages.document import encoder_words
 from ..pages.examples import RECORDS_DIGEST
 from ..pages.render import render_file
 from ..result import Features
-from .autointerp import Evidence, evidence, score_explanations
+from .autointerp import DEFAULT_SCORERS, SCORERS, Evidence, evidence, require_scorers, score_explanations
 from .collect import FeatureText, Limits, collect_features
+from .intervention import Continuations
 from .llm_client import Chat, Endpoint, LocalChat
 from .logit_lens import unembedding
 from .neuronpedia.export import NeuronpediaExport, write_neuronpedia
 from .neuronpedia.neurons import NeuronMoments
 from .predicates import token_texts
-from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, number
+from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, effects_of, number
 from .vectors import describe_vectors, vectors_summary
 
 RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
@@ -43,6 +45,7 @@ RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
 log = logging.getLogger(__name__)
 # Folder that caches the explainer's answers.
 ANSWERS = "answers"
+NOT_CONTINUED = "there is no model to continue text"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Explainer:
         address: Base URL of an OpenAI-compatible API.
         latents: Number of latents to explain.
         key_env: Environment variable that holds the API key.
+        scorers: How explanations are scored: detection, fuzzing, intervention (the model under study continues text with the
+            latent added) or surprisal (a local explainer's loss).
 
     Example:
         >>> from sparsary import Explainer
@@ -66,6 +71,10 @@ class Explainer:
     latents: int = 20
     key_env: str = "OPENAI_API_KEY"
     requests_per_minute: int | float | None = None
+    scorers: tuple[str, ...] = DEFAULT_SCORERS
+
+    def __post_init__(self) -> None:
+        require_scorers(self.scorers)
 
     def chat(self, cache: Path) -> Chat:
         if self.latents < 1:
@@ -139,7 +148,9 @@ def features(
         written = write_features(directory, about, described.records())
         if explainer is None or chat is None:
             return pass_.exported(written, export)
-        explanations = explain_some(described, chat, explainer.latents)
+        scorers = explainer.scorers
+        continued = _continuations(opened, pass_) if "intervention" in scorers else NOT_CONTINUED
+        explanations = explain_some(described, chat, explainer.latents, scorers, continued)
     asked = [found for found in explanations.values() if isinstance(found, dict)]
     about |= {
         "explainer": chat.name,
@@ -147,7 +158,7 @@ def features(
         "malformed_answers": sum(found["malformed"] for found in asked),
         "questions": sum(found["questions"] for found in asked),
     }
-    for name in ("detection", "fuzzing"):
+    for name in scorers:
         known = [found[name] for found in asked if found[name] is not None]
         about[f"{name}_median"] = number(np.median(known)) if known else None
     about |= {f"explainer_{key}": value for key, value in chat.usage.entries().items()}
@@ -176,7 +187,23 @@ class DescribedCheckpoint:
         return written
 
 
-def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
+def _continuations(opened: LoadedCheckpoint, pass_: DescribedCheckpoint) -> Continuations | str:
+    """Return what a checkpoint's model writes with latents added, or the reason why there is nothing."""
+    # Hooks that the caller names are not in the files.
+    pass_.dictionary.provenance = opened.members[0].provenance
+    try:
+        return Continuations(pass_.model, pass_.dictionary, pass_.described.collected)
+    except ValueError as error:
+        return str(error)
+
+
+def explain_some(
+    described: Described,
+    chat: Chat,
+    count: int,
+    scorers: Sequence[str] = DEFAULT_SCORERS,
+    continuations: Continuations | str = NOT_CONTINUED,
+) -> dict[int, dict[str, Any] | str]:
     """Explain and score ``count`` latents, evenly spaced over those with enough text.
 
     Returns:
@@ -194,7 +221,8 @@ def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict
     asked = latents[:: max(1, -(-len(latents) // count))]
     with stage("explanations", len(asked), "latents") as explaining:
         for done, latent in enumerate(asked):
-            explanations[latent] = score_explanations(shown[latent], chat, chat).entries()
+            found = score_explanations(shown[latent], chat, chat, scorers=scorers, latent=latent, continuations=continuations)
+            explanations[latent] = found.entries()
             explaining.update(done + 1)
     return explanations
 
@@ -240,6 +268,9 @@ def described_checkpoint(
     described = describe_latents(collected, dictionary.atoms, words, lens, seed)
     if isinstance(dictionary, Crosscoder):
         described = replace(described, shares=dictionary.relative_norms().detach().cpu().numpy())
+        if len(each_model(model)) > 1:
+            base = unembedding(dictionary, model, provenance, NAMES[0])
+            described = replace(described, base_effects=effects_of(base, len(words)))
     left_out = source.bad_texts.until(None) + source.bad_tokens.found
     if left_out:
         log.warning("Excluded or repaired: %s.", counted(left_out))
@@ -253,6 +284,7 @@ def described_checkpoint(
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
         "model": model.id,
+        **({"models": [each.id for each in each_model(model)]} if len(each_model(model)) > 1 else {}),
         "hooks_in": list(reads),
         "hooks_out": list(writes),
         "text": text.source,
@@ -331,7 +363,7 @@ def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         words = "undefined" if value is None else f"median {value:.3f} over {about[f'{name}_latents']:,} latents"
         lines.append((name.replace("_", " "), words))
     if "explainer" in about:
-        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in ("detection", "fuzzing"))
+        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in SCORERS if f"{name}_median" in about)
         lines.append(("explained", f"{about['explained']} latents by {about['explainer']}   {scores}"))
         lines.append(
             (

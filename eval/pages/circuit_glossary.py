@@ -6,8 +6,8 @@ QUESTION = {
     "corruption": "The change made in the corrupted prompt; it determines which part of the task a circuit is about.",
     "metric": "Metric at the end of a prompt, high for the clean answer: logit_diff and max_logit_diff in logits (mean or "
     "largest answer minus foil), prob_diff in probability.",
-    "ablation": "Value of a unit outside the circuit: its value on another prompt (resample), its mean, zero, or the constant "
-    "that hurts least (optimal).",
+    "ablation": "Value of a unit outside the circuit: its value on another prompt (resample), its mean, zero (an expert is "
+    "off), or the constant that hurts least (optimal).",
     "pairs": "Number of prompt pairs that circuits are evaluated on; as many others are used to find them.",
     "accuracy": "Fraction of clean prompts on which the model prefers the answer; at chance there is nothing to explain.",
     "metric_clean": "Mean metric of the model on clean prompts.",
@@ -16,7 +16,7 @@ QUESTION = {
 }
 FAMILY = {
     "family": "Unit set: latents of a dictionary, with its error as a node, always kept, or always ablated; random features "
-    "of equal l0; the model's own neurons or components (attention heads and MLPs).",
+    "of equal l0; the model's own neurons, components (attention heads and MLPs), or experts of its mixtures.",
     "method": "Method that scores the units; a circuit holds the units of largest absolute score.",
     "units": "Number of units to choose from.",
     "metric_empty": "Mean metric with every unit ablated, where faithfulness is 0.",

@@ -23,6 +23,11 @@ CHANGES = {
     "mean_difference": ("mean difference", "floor: the mean activation difference, added everywhere"),
     "pca": ("principal directions", "floor: the difference, projected onto as many principal directions as changed latents"),
     "random": ("random latents", "floor: as many of the other latents, drawn at random"),
+    "difference_sae": (
+        "SAE on the difference",
+        "floor: the difference, as an SAE trained on it by the same recipe reconstructs it",
+    ),
+    "difference_sae_few": ("SAE on the difference, few", "floor: as many of its latents as changed latents, the largest"),
 }
 KIND_WORDS = {
     "base_only": "base only",
@@ -52,7 +57,7 @@ class ClosedRow(NamedTuple):
 def render_diff(found: dict[str, Any]) -> str:
     """Render the content of ``diff.json``. Equal input gives equal bytes."""
     models, hooks, patching = found["models"], found["hooks"], found["patching"]
-    latents = [_example(row) for row in found["latents"]]
+    latents = [_example(row, _figures(row)) for row in found["latents"]]
     tokens = (token for latent in latents for context in latent.contexts for token in context)
     facts = {
         "base": f"{models['base']} at {hooks['base']}",
@@ -93,6 +98,7 @@ def render_diff(found: dict[str, Any]) -> str:
         closed=_rows(patching),
         same=patching is not None and not patching["kl_base"],
         latents=latents,
+        sae=_sae(found.get("difference_sae")),
         nu=NU,
         gapped=is_gapped(token.text for token in tokens),
         differences=_differences(found),
@@ -155,10 +161,24 @@ def _rows(patching: dict[str, Any] | None) -> list[ClosedRow]:
     ]
 
 
-def _example(row: dict[str, Any]) -> ExampleLatent:
+def _sae(found: dict[str, Any] | None) -> tuple[str, list[ExampleLatent]] | None:
+    """Return what is said of the SAE on the difference, and its largest latents; ``None`` if there is none."""
+    if found is None:
+        return None
+    words = (
+        f"{show(found['n_latents'])} latents, {encoder_label(found['encoder'])}: fvu {show(found['fvu'])} of the difference, "
+        f"{show(found['l0'])} latents per token, {show(found['dead'])} silent."
+    )
+    latents = [
+        _example(row, f"{show(row['contribution'], digits=3)} of the summed squared contributions") for row in found["latents"]
+    ]
+    return words, latents
+
+
+def _example(row: dict[str, Any], words: str) -> ExampleLatent:
     logits = row["logits"]
     example = example_of(row | {"explanation": None, "logits": None if isinstance(logits, str) else logits})
-    return example._replace(words=_figures(row))
+    return example._replace(words=words)
 
 
 def _figures(row: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
         command="features",
         heading=f"{show(about.get('n_latents'))} latents",
         facts={
-            "model": about.get("model"),
+            "model": " and ".join(about["models"]) if about.get("models") else about.get("model"),
             "hook": hooks or None,
             "text": about.get("text"),
             "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
@@ -119,7 +119,9 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
         masks = [example.get("left_out", []), example.get("roles", [])]
         return shown + (masks if any(masks) else [])
 
-    logits = record["logits"]
+    def effects(logits: dict[str, Any] | None) -> list[list[list[Any]]] | None:
+        return logits and [[[words(e["token"]), e["effect"]] for e in logits[side]] for side in ("promoted", "suppressed")]
+
     return {
         "firings": record["firings"],
         "mean": record["mean_activation"],
@@ -127,7 +129,8 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
         "top": [context(example) for example in record["top"]],
         "quantiles": [[q["low"], q["high"], [context(example) for example in q["contexts"]]] for q in record["quantiles"]],
         "tokens": [[words(entry["token"]), entry["share"]] for entry in record["top_tokens"]],
-        "logits": logits and [[[words(e["token"]), e["effect"]] for e in logits[side]] for side in ("promoted", "suppressed")],
+        "logits": effects(record["logits"]),
+        **({"base": effects(record["logits_base"])} if "logits_base" in record else {}),
         "near": {
             title: [[entry["latent"], entry[measure]] for entry in record[key]]
             for title, key, measure in (

@@ -115,6 +115,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         tokens = result.get("tokens_asked")
         words += ["--tokens", tokens] if tokens else []
         words += ["--labels", result["labels"]] if result.get("labels") else []
+        words += ["--difference-sae"] if result.get("difference_sae_asked") else []
     elif label in ("circuits", "circuit comparison") and (result.get("checkpoints") or result.get("models")):
         words += ["circuits", *result["checkpoints"]]
         words += [word for model in _named_models(result) for word in ("--model", model)]

@@ -134,6 +134,21 @@ def gemma_scope(out: Path, x: torch.Tensor) -> None:
     # Their loader stops one layer before the last number it is given.
     module = across.load_gemma_scope_2_clt(paths | {LAYERS: ""}, device=CPU, dtype=torch.float32)
     keep(cross, module, x, torch.float32)
+    gemma_scope_crosscoder(out, x)
+
+
+def gemma_scope_crosscoder(out: Path, x: torch.Tensor) -> None:
+    """A weakly causal crosscoder: files as of a cross-layer transcoder, which circuit-tracer reads alike."""
+    torch.manual_seed(300)
+    folder = out / "gemma_scope_2_crosscoder" / "gemma-scope-2-1b-pt" / "crosscoder" / "layer_7_13_22_width_16k_l0_medium"
+    folder.mkdir(parents=True)
+    paths = {i: str(folder / f"params_layer_{i}.safetensors") for i in range(LAYERS)}
+    for i, path in paths.items():
+        tensors = parameters(LAYERS)
+        tensors["w_dec"][:, :i] = 0
+        save_file(tensors, path)
+    module = across.load_gemma_scope_2_clt(paths | {LAYERS: ""}, device=CPU, dtype=torch.float32)
+    keep(folder, module, x, torch.float32)
 
 
 @torch.no_grad()

@@ -280,6 +280,23 @@ def test_compiled_equals_plain(n_latents, dtype, tolerance, use_gram):
     torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4 if dtype is torch.float32 else 1e-9, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_only")
+@pytest.mark.parametrize("use_gram", [True, False])
+def test_compiled_gradient_pursuit_equals_plain(use_gram, monkeypatch):
+    monkeypatch.setattr(pursuit, "descends_by_gram", lambda *_: use_gram)
+    x, atoms = (tensor.float() for tensor in problem(tokens=53, d=71, n_latents=131))
+    x[3], x[5] = 0.0, x[4]
+    found = []
+    for has_compiler in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not has_compiler:
+                plain(patch)
+            code = gradient_pursuit(x, atoms, torch.arange(53) % 6)
+            found.append((code.l0(), code.to_dense(131)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", [matching_pursuit, orthogonal_matching_pursuit, gradient_pursuit])
 @pytest.mark.parametrize("k", [1, 5])
 def test_ties_go_to_the_lowest_latent(method, k):

@@ -260,6 +260,7 @@ def check(path, **overrides):
 
 
 def test_a_store_goes_by_content(values, write_recipe, model_dir, text_file, tmp_path, caplog):
+    values["harvest"]["tokens"] = 2500
     path = write_recipe(values)
     store = harvest(path)
     assert store.manifest["content"]["text"]["documents"] > 50

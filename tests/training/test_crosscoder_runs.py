@@ -137,7 +137,7 @@ def test_a_user_s_tensors_stand_side_by_side(values):
 
 
 def test_gradient_topk_reads_the_gradients_at_all_sites(values, tmp_path):
-    values["harvest"] |= {"gradients": True, "store": str(tmp_path / "gradients")}
+    values["harvest"] |= {"gradients": True, "store": str(tmp_path / "gradients"), "tokens": 1500}
     values["dictionary"] = crosscoder(encoder={"name": "gradient_topk", "k": 5, "beta": 2.0})
     assert load_dictionary(run(values, tokens=505)).n_sites == 3
 
@@ -168,7 +168,7 @@ def test_warm_start_goes_on_from_one(values, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["data", "random"])
-def test_a_causal_crosscoder_reads_one_site_and_writes_to_it_and_later_ones(values, init):
+def test_a_causal_crosscoder_reads_one_site_and_writes_to_it_and_later_ones(values, init, no_page):
     values["dictionary"] = crosscoder(hooks=HOOKS[:2], causal=True, n_latents=31, encoder={"name": "topk", "k": 3})
     values["dictionary"]["init"] = init
     directory = run(values, tokens=6060, lr=3e-3)

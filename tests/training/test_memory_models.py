@@ -43,7 +43,7 @@ def recipe(tmp_path, **dictionary):
     }
 
 
-def test_a_model_in_memory_is_known_by_its_weights(chats, module, tokenizer, tmp_path):
+def test_a_model_in_memory_is_known_by_its_weights(chats, module, tokenizer, tmp_path, no_page):
     run = sparsary.train(recipe(tmp_path), model=module, tokenizer=tokenizer)
     provenance = json.loads((run / "dictionary.json").read_text())["provenance"]
     name, content = provenance["model"]["id"], provenance["content"]["model"]

@@ -1,4 +1,4 @@
-"""Runs of several processes, started by torch's launcher, against runs of one."""
+"""Runs of several processes, started by torch's launcher or forked, against runs of one."""
 
 import functools
 import importlib.util
@@ -17,6 +17,16 @@ from sparsary.training.checkpoints import require_same_run
 from sparsary.training.recipe import check_recipe
 
 WORKER = Path(__file__).with_name("train_on_ranks.py")
+# The same as the worker, for processes that need not import everything anew.
+TRAINED = """
+import runpy
+import sparsary
+from sparsary.training import processes
+activations = runpy.run_path(worker)["activations"]()
+for directory, recipe in runs:
+    sparsary.train(recipe, [activations], out_dir=directory)
+processes.leave()
+"""
 STEPS = 30
 # One of each way to choose latents: by token, over the batch, by gradients, by thresholds.
 FEW = ("topk", "mutual_choice", "gradient_topk", "jumprelu")
@@ -41,6 +51,12 @@ def on_ranks(processes, directory, recipes):
     done = subprocess.run([*command, str(directory), *map(json.dumps, recipes)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [directory / str(number) for number in range(len(recipes))]
+
+
+@pytest.fixture(scope="module")
+def run_ranks(load_beside, embedded_model):
+    """Return the function that forks ranks from a server, which imports what is imported here: the model's libraries too."""
+    return load_beside("rank_processes").run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +99,17 @@ def assert_same_run(one, other):
     [(2, 1, FEW), (2, 1, None), (2, 2, None), (4, 2, None)],
     ids=["two, few", "two", "two for the latents", "four"],
 )
-def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, processes, latents, names):
+def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, run_ranks, processes, latents, names):
     """Every save compares the ranks' weights bit by bit, so that the run would have ended if they differed."""
     specs = [spec for spec in encoder_specs.STARTED if latents == 1 or spec in encoder_specs.DIVIDED]
     specs = [spec for spec in specs if names is None or spec["name"] in names]
-    found = on_ranks(processes, tmp_path, [recipe(spec, latents) for spec in specs])
+    recipes = [recipe(spec, latents) for spec in specs]
+    if names is None:
+        found = on_ranks(processes, tmp_path, recipes)
+    else:
+        found = [tmp_path / str(number) for number in range(len(recipes))]
+        runs = [(str(directory), values) for directory, values in zip(found, recipes, strict=True)]
+        assert run_ranks(processes, TRAINED, {"worker": str(WORKER), "runs": runs}) == [0] * processes
     for spec, directory in zip(specs, found, strict=True):
         assert_same_run(alone(encoder_specs.spec_id(spec)), directory)
 
@@ -178,20 +200,26 @@ def live_recipe(changes):
 
 
 @pytest.fixture(scope="module")
-def live_runs(load_beside, tmp_path_factory):
-    """Directories of a run in one process and in two, by case; the last one is continued by two that one began."""
-    folder, apart = tmp_path_factory.mktemp("live"), {}
+def live_runs(request, run_ranks, tmp_path_factory):
+    """Directories of a run in one process and in two, by case; one is continued by two that one began."""
+    # Those cases only that are tested.
+    chosen = {
+        item.callspec.params["name"] for item in request.session.items if "live_runs" in getattr(item, "fixturenames", ())
+    }
+    folder, apart, runs = tmp_path_factory.mktemp("live"), {}, []
     for number, (name, changes) in enumerate(LIVE.items()):
-        apart[name] = str(folder / f"one{number}"), str(folder / f"two{number}")
-        sparsary.train(live_recipe(changes) | {"distributed": {"latents": 1}}, out_dir=apart[name][0])
-    # The shorter run begins with the sample of the longer one.
-    begun = live_recipe({"lr_decay": 0.0, "tokens": 92 * 4, "calibration_tokens": 300})
-    apart["continued"] = str(folder / "whole"), str(folder / "begun")
-    sparsary.train(begun | {"tokens": 92 * 8}, out_dir=apart["continued"][0])
-    sparsary.train(begun, out_dir=apart["continued"][1])
-    recipes = [live_recipe(changes) for changes in LIVE.values()] + [begun | {"tokens": 92 * 8}]
-    runs = [(two, values) for (_, two), values in zip(apart.values(), recipes, strict=True)]
-    assert load_beside("rank_processes").run_ranks(2, LIVE_RUNS, {"runs": runs}) == [0, 0]
+        if name in chosen:
+            apart[name] = str(folder / f"one{number}"), str(folder / f"two{number}")
+            sparsary.train(live_recipe(changes) | {"distributed": {"latents": 1}}, out_dir=apart[name][0])
+            runs.append((apart[name][1], live_recipe(changes)))
+    if "continued" in chosen:
+        # The shorter run begins with the sample of the longer one.
+        begun = live_recipe({"lr_decay": 0.0, "tokens": 92 * 4, "calibration_tokens": 300})
+        apart["continued"] = str(folder / "whole"), str(folder / "begun")
+        sparsary.train(begun | {"tokens": 92 * 8}, out_dir=apart["continued"][0])
+        sparsary.train(begun, out_dir=apart["continued"][1])
+        runs.append((apart["continued"][1], begun | {"tokens": 92 * 8}))
+    assert run_ranks(2, LIVE_RUNS, {"runs": runs}) == [0, 0]
     return apart
 
 

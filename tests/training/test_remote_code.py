@@ -102,6 +102,8 @@ def test_every_loader_is_told_whether_code_may_run():
     for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"\w*trust_remote_code(: bool)? ?= ?True", source), path
+        if not any(name in source for name in LOADERS):
+            continue
         tree = ast.parse(source)
         for name, call in calls_of(tree):
             # Our own loader does not run code unless it is told to; peft's reads the weights of an adapter, for a model that is
@@ -165,10 +167,11 @@ def test_an_explainer_s_code_is_refused_with_the_way_around(planted, tmp_path):
     assert not mark.exists()
 
 
-def test_allowed_it_runs_is_recorded_and_evaluations_ask_again(planted, recipe_values, write_recipe, documents_file):
+def test_allowed_it_runs_is_recorded_and_evaluations_ask_again(planted, recipe_values, write_recipe, documents_file, no_page):
     model_id, mark = planted(*AUTO_MAP)
     recipe_values["model"] = {"id": model_id, "device": "cpu"}
     recipe_values["text"] = {"source": "files", "files": [documents_file], "context_length": 32}
+    recipe_values["harvest"]["tokens"] = 2000
     path = write_recipe(recipe_values)
     with pytest.raises(RemoteCodeRefused):
         train(path)

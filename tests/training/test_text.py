@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from sparsary.training import text_files
 from sparsary.training.bad_rows import HALF_PAIR, NOT_UTF8, BadTexts
 from sparsary.training.recipe import TextSection
 from sparsary.training.text import Cursor, are_heldout, contexts, documents, is_heldout, pack
@@ -96,8 +97,9 @@ def test_files_give_their_documents(tmp_path, embedded_model, name):
     assert [" ".join(row) for row in words] == expected
 
 
-def test_a_txt_separator_may_be_chosen_and_may_straddle_reads(tmp_path, embedded_model):
-    (tmp_path / "n.txt").write_text("The" + " war" * 300_000 + "<|end|>Mary")
+def test_a_txt_separator_may_be_chosen_and_may_straddle_reads(tmp_path, embedded_model, monkeypatch):
+    monkeypatch.setattr(text_files, "READ_CHARACTERS", 1024)
+    (tmp_path / "n.txt").write_text("The" + " war" * 255 + "<|end|>Mary")
     found = contexts(section(tmp_path, "n.txt", separator="<|end|>", packing="separate"), embedded_model.tokenizer)
     last = list(found)[-1]
     assert embedded_model.tokenizer.convert_ids_to_tokens(last.token_ids[:2].tolist()) == ["<bos>", "Mary"]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .routers import routing
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -27,23 +29,28 @@ class Mark:
 class Dataflow:
     """Dependency graph of one forward pass. ``marks`` are in execution order; for a module that runs repeatedly, its first run.
 
+    ``routers`` are the paths among ``watched`` of modules that route tokens to experts.
+
     Args:
         module: A language model.
         hooks: Module paths with a side; hooks that do not run, or hold no tensor, get no mark.
         starts: Hooks at the start of blocks. ``depends`` does not search past them, so it stays within a block.
+        watched: Module paths that may be routers.
 
     Raises:
         Exception: Any error of the model's forward pass.
     """
 
-    def __init__(self, module: nn.Module, hooks: Iterable[str], starts: Collection[str]):
+    def __init__(self, module: nn.Module, hooks: Iterable[str], starts: Collection[str], watched: Iterable[str] = ()):
         self.marks: dict[str, Mark] = {}
+        self.routers: list[str] = []
         handles = []
         try:
             for hook in hooks:
                 path, _, side = hook.rpartition(":")
                 part = module.get_submodule(path)
                 handles.append(_attach(part, side, self._marker(hook)))
+            handles += [module.get_submodule(path).register_forward_hook(self._watcher(path)) for path in watched]
             ids = torch.zeros((1, 3), dtype=torch.long, device=next(module.parameters()).device)
             with torch.enable_grad(), _askable(module, ids):
                 module(input_ids=ids, use_cache=False, **({"attention_mask": torch.ones_like(ids)} if ids.is_meta else {}))
@@ -66,6 +73,13 @@ class Dataflow:
             return copy
 
         return mark
+
+    def _watcher(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def watch(module: nn.Module, args: Any, output: Any) -> None:
+            if routing(output) is not None and path not in self.routers:
+                self.routers.append(path)
+
+        return watch
 
     def source(self, hook: str) -> Node | None:
         """Return the node that produced the tensor at a hook: the same at all hooks that see this tensor."""

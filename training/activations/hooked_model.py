@@ -19,6 +19,7 @@ from .document_masks import DocumentMasks, Pass
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 from .model_pair import EnoughSeen, hook_path, side_of
 from .placement import input_device, is_spread, on_device
+from .routers import rerouted, routing
 
 
 class HookedModel:
@@ -211,7 +212,10 @@ class HookedModel:
 
 
 def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register ``reader`` on the hidden states on that side of a module; a tensor it returns replaces them."""
+    """Register ``reader`` on the hidden states on that side of a module; a tensor it returns replaces them.
+
+    Of a router, these are the logits of the experts; the router chooses again if they are replaced.
+    """
 
     def shown(value: Any, find: Callable[[], tuple[Any, ...]]) -> Any:
         try:
@@ -228,7 +232,12 @@ def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], T
         return module.register_forward_pre_hook(
             lambda _, args, kwargs: shown((args, kwargs), lambda: path_in_arguments(module, args, kwargs)), with_kwargs=True
         )
-    return module.register_forward_hook(lambda _, _args, output: shown(output, lambda: path_in(output)))
+
+    def written(part: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        changed, router = shown(output, lambda: path_in(output)), routing(output)
+        return changed if changed is None or router is None else rerouted(part, args, kwargs, router, changed[0], hook)
+
+    return module.register_forward_hook(written, with_kwargs=True)
 
 
 def embedding_rows(module: nn.Module) -> int | None:

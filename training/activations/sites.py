@@ -9,6 +9,7 @@ the same residual stream, and where that stream is visible between them. Values 
 - ``attn_out``: the output of that projection.
 - ``mlp_in``, ``mlp_out``: the input of the MLP, after its norm, and its output.
 - ``mlp``: from ``mlp_in`` to ``mlp_out``, the site of a transcoder.
+- ``router``: the logits of a mixture's experts. Routers are recognized by what they return (``routers``), not by their names.
 
 If a model normalizes the MLP's output before adding it (Gemma 2, OLMo 2), ``mlp_out`` is still the output of the MLP itself;
 likewise ``attn_out``. If the MLP module adds the residual stream itself (BLOOM, MPT), ``mlp_out`` is the output of its last
@@ -58,6 +59,7 @@ class BlockPaths:
     mlp_norm: str | None
     parallel: bool
     resid_mid: str | None
+    router: str | None = None
 
     def sites(self) -> dict[str, tuple[str, str]]:
         """Return the hook read and the hook written at every site of this block."""
@@ -69,6 +71,8 @@ class BlockPaths:
             reads, writes = f"{self.mlp[0]}:in", f"{self.mlp[1]}:out"
             found |= {"resid_mid": self.resid_mid, "mlp_in": reads, "mlp_out": writes}
             hooks["mlp"] = (reads, writes)
+        if self.router is not None:
+            found["router"] = f"{self.router}:out"
         hooks |= {site: (hook, hook) for site, hook in found.items() if hook is not None}
         return {site: hooks[site] for site in SITES if site in hooks}
 
@@ -123,6 +127,9 @@ def _named_parts(module: nn.Module, path: str) -> BlockPaths:
 def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
     """Drop parts that are not connected as their names suggest, and add norm and stream between attention and MLP."""
     between = {block.path: _between(module, block) for block in blocks}
+    inside = [
+        f"{block.path}.{name}" for block in blocks for name, _ in module.get_submodule(block.path).named_modules() if name
+    ]
     hooks = [
         f"{path}:{side}"
         for block in blocks
@@ -133,7 +140,7 @@ def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
         for side in ("in", "out")
     ]
     try:
-        flow = Dataflow(module, hooks, [f"{block.path}:in" for block in blocks])
+        flow = Dataflow(module, hooks, [f"{block.path}:in" for block in blocks], inside)
         assert flow.marks, "it runs without gradients"
     except Exception as error:  # noqa: BLE001 - models raise anything
         log.warning(
@@ -144,6 +151,8 @@ def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
             error,
         )
         return blocks
+    routers = {block.path: [path for path in flow.routers if path.startswith(f"{block.path}.")] for block in blocks}
+    blocks = [replace(block, router=next(iter(routers[block.path]), None)) for block in blocks]
     return [_checked(flow, block, between[block.path]) for block in blocks]
 
 
@@ -224,8 +233,9 @@ def _stream_between(
 
 
 def sites_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the sites of this architecture."""
-    return tuple(find_block(module, 0).sites())
+    """Return the sites of this architecture: those of any of its blocks."""
+    found = {site for layer in range(n_layers(module)) for site in find_block(module, layer).sites()}
+    return tuple(site for site in SITES if site in found)
 
 
 def hooks_with_sites(module: nn.Module) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -255,6 +265,8 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
     choices = f"expected one of {', '.join(hooks)} for this architecture, got {site!r}"
     if site not in SITES:
         raise ValueError(f"dictionary.site: {choices}.{did_you_mean(site, hooks)}")
+    if site == "router":
+        raise ValueError(f"dictionary.site: {choices}: {_no_router(module, block.path)}.")
     if block.mlp is not None and block.parallel and site == "resid_mid":
         reason = "attention and MLP of a block read the same stream, so nothing lies between them"
     elif block.mlp is not None and site == "resid_mid":
@@ -270,6 +282,17 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
             "(for an SAE: hook) by hand, as MODULE_PATH:in or MODULE_PATH:out"
         )
     raise ValueError(f"dictionary.site: {choices}: {reason}.")
+
+
+def _no_router(module: nn.Module, path: str) -> str:
+    layers = [layer for layer in range(n_layers(module)) if find_block(module, layer).router is not None]
+    if layers:
+        return f"{path} has no mixture of experts. The layers that have one: {', '.join(map(str, layers))}"
+    return (
+        f"no module of {type(module).__name__} returns a router's logits together with the scores and indices of the experts "
+        "that it chooses: it has no mixture of experts, or routes in another way. A hook by hand, MODULE_PATH:out, reads any "
+        "module's output"
+    )
 
 
 def block_paths(module: nn.Module) -> list[str]:

@@ -49,7 +49,10 @@ def weightless(build: Callable[[], nn.Module]) -> nn.Module:
 
     # Buffers are kept, because positions, masks and codes are computed from them.
     with accelerate.init_empty_weights(include_buffers=False):
-        module = build()
+        module: Any = build()
+    if callable(getattr(module, "set_experts_implementation", None)):
+        # One product per expert: products of all at once take no expanded weights.
+        module.set_experts_implementation("eager")
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:

@@ -200,7 +200,7 @@ def _check_hook(key: str, hook: str, model: str) -> list[str]:
 
 
 # Sites of a transformer block; their modules are found in the model.
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp", "router")
 # TransformerLens's names of the sites.
 PLACES = {
     "hook_resid_pre": "resid_pre",

@@ -10,7 +10,6 @@ from typing import Any
 from ....sae.files import write_json
 from ....sae.suggestions import require_choice
 from ....training.activations.model import LanguageModel, load_model
-from ....training.recipe import ModelSection
 from ....training.shortfalls import shortfall
 from ....training.stages import stage
 from ....transcoders.load import NO_OPTIONS, CheckpointOptions
@@ -18,7 +17,7 @@ from ...checkpoint import with_grids_members
 from ...pages.render import render_file
 from ...result import Report
 from ..benchmark import DEFAULT_SETTINGS, CircuitSettings
-from ..compared_units import ComparedCheckpoint, components, mlp_neurons, open_dictionaries, open_model
+from ..compared_units import OF_MODEL, ComparedCheckpoint, named_model, open_dictionaries, open_model, unit_sets
 from ..methods import METHODS
 from ..tasks import make_pairs
 from ..tasks.competence import Competence, competence
@@ -35,6 +34,8 @@ SCHEMA_VERSION = 1
 # Random circuits that the best and the mean of are reported.
 RANDOM_CIRCUITS = 10
 FILE = "circuit_comparison.json"
+# Unit sets that are compared.
+COMPARED = ("components", "mlp_neurons", "experts", "latents")
 
 Row = dict[str, Any]
 
@@ -51,8 +52,8 @@ def compare_circuits(
 ) -> Report:
     """Compare circuits of tasks, or of two checkpoints of a model; write ``circuit_comparison.json`` and its page.
 
-    Units are heads and MLPs, neurons of the MLPs, and latents of ``checkpoints``. Half of the pairs score the units; on the
-    other half every circuit is run on every task. Methods without scores of single pairs are refused.
+    Units are heads and MLPs, neurons of the MLPs, experts of a mixture, and latents of ``checkpoints``. Half of the pairs score
+    the units; on the other half every circuit is run on every task. Methods without scores of single pairs are refused.
 
     Example::
 
@@ -106,7 +107,7 @@ def compare_circuits(
     by_task = dict(zip(settings.tasks, prompts, strict=True))
     for a, b in repairs:
         require_answers_in_common(by_task[a].pairs, by_task[b].pairs)
-    families = _unit_sets(loaded, several, settings.edges)
+    families = _families(loaded, several, settings)
     with stage("circuits", len(families) * len(settings.methods), "steps") as shown:
         for family, spaces in families.items():
             for method in settings.methods:
@@ -156,13 +157,9 @@ def _loaded(
 ) -> list[LanguageModel]:
     if not models:
         return [open_model(several)]
-    settings = {key.removeprefix("model."): value for key, value in options.settings.items() if key.startswith("model.")}
-    about = several[0].model.model_dump(exclude={"id"}) if several else {"trust_remote_code": options.trust_remote_code}
+    about = several[0].model.model_dump(exclude={"id"}) if several else None
     return [
-        model
-        if isinstance(model, LanguageModel)
-        else load_model(ModelSection.model_validate(about | settings | {"id": str(model)}))
-        for model in models
+        model if isinstance(model, LanguageModel) else load_model(named_model(str(model), options, about)) for model in models
     ]
 
 
@@ -218,15 +215,22 @@ def _note_answers(prompts: list[_Prompts], found: Row) -> None:
             )
 
 
-def _unit_sets(models: list[LanguageModel], several: list[ComparedCheckpoint], edges: bool) -> dict[str, list[Space]]:
-    """Return every unit set's space in each model."""
-    found: dict[str, list[Space]] = {"heads and MLPs": [NodeSpace(model, components(model)) for model in models]}
-    neurons = [mlp_neurons(model) for model in models]
-    if all(neurons):
-        found["MLP neurons"] = [NodeSpace(model, parts) for model, parts in zip(models, neurons, strict=True)]
-    for dictionaries in several:
+def _families(
+    models: list[LanguageModel], several: list[ComparedCheckpoint], settings: CircuitSettings
+) -> dict[str, list[Space]]:
+    """Return every unit set's space in each model; sets that a model lacks are left out unless they were asked for."""
+    for name in settings.units:
+        require_choice("--units", name, COMPARED, ", which --compare takes")
+    asked = settings.units or COMPARED
+    own = [unit_sets(model, several, settings.units)[1] for model in models]
+    found: dict[str, list[Space]] = {
+        family: [NodeSpace(model, parts[family]) for model, parts in zip(models, own, strict=True)]
+        for family in (OF_MODEL[name] for name in COMPARED if name in OF_MODEL and name in asked)
+        if all(family in parts for parts in own)
+    }
+    for dictionaries in several if "latents" in asked else ():
         found[f"{dictionaries.name}: latents"] = [NodeSpace(model, dictionaries.parts("node")) for model in models]
-    if edges:
+    if settings.edges:
         found["edges"] = [EdgeSpace(model) for model in models]
     return found
 

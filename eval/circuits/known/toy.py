@@ -2,7 +2,8 @@
 
 Module paths are GPT-2's at the top level (``wte``, ``wpe``, ``h``, ``ln_f``, ``lm_head``) and Llama's within attention and MLP,
 so that sites and ``Architecture`` find everything. Heads are ``n_heads`` equal slices of ``q_proj``, ``k_proj``, ``v_proj``
-(rows) and ``o_proj`` (columns). Norms and MLPs are optional; positional embeddings that are not learned are zeros.
+(rows) and ``o_proj`` (columns). Norms and MLPs are optional; positional embeddings that are not learned are zeros. MLPs may be
+mixtures of experts, in the layout of transformers (``gate``, and ``experts`` with one tensor for all).
 """
 
 from collections.abc import Callable
@@ -37,6 +38,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 class ToyConfig:
     """Sizes and module types. A ``d_mlp`` of 0 means attention only; keys at ``pad_id`` tokens are never attended to.
 
+    With ``n_experts`` every MLP is a mixture of as many MLPs of width ``d_mlp``, of which a token gets ``experts_per_token``.
+
     ``attention_share`` mixes the softmax (1) with a constant weight of 1 on every visible position (0), as in Zhong et al.
     2023, arXiv:2306.17844.
     """
@@ -54,6 +57,8 @@ class ToyConfig:
     causal: bool = True
     pad_id: int | None = None
     attention_share: float = 1.0
+    n_experts: int = 0
+    experts_per_token: int = 2
 
     model_type: ClassVar[str] = "sparsary_toy"
     # The only implementation of attention; code for other models reads this attribute.
@@ -134,6 +139,52 @@ class ToyMLP(nn.Module):
         return self.down_proj(self.act(self.up_proj(x)))
 
 
+class ToyRouter(nn.Module):
+    """Router that takes the largest logits and divides their softmax by its sum, as Mixtral's."""
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.k = config.experts_per_token
+        self.weight = nn.Parameter(torch.zeros(config.n_experts, config.d_model))
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens n_experts"], Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+        """Return the logits, and scores and indices of the chosen experts."""
+        logits = nn.functional.linear(x, self.weight)
+        scores, indices = logits.softmax(-1).topk(self.k, dim=-1)
+        return logits, scores / scores.sum(-1, keepdim=True), indices
+
+
+class ToyExperts(nn.Module):
+    """All experts of a mixture: MLPs of one size, without output biases."""
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.zeros(config.n_experts, config.d_mlp, config.d_model))
+        self.down_proj = nn.Parameter(torch.zeros(config.n_experts, config.d_model, config.d_mlp))
+        self.act = ACTIVATIONS[config.activation]()
+
+    def forward(self, x: Float[Tensor, "tokens d_model"], indices: Tensor, scores: Tensor) -> Float[Tensor, "tokens d_model"]:
+        """Return the sum of the chosen experts' outputs, weighted by their scores."""
+        hidden = self.act(torch.einsum("tkmd,td->tkm", self.up_proj[indices], x))
+        return torch.einsum("tkdm,tkm,tk->td", self.down_proj[indices], hidden, scores)
+
+
+class ToyMixture(nn.Module):
+    """Mixture of experts: a router and the experts it chooses from."""
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.gate = ToyRouter(config)
+        self.experts = ToyExperts(config)
+
+    def forward(self, x: Float[Tensor, "contexts positions d_model"]) -> Float[Tensor, "contexts positions d_model"]:
+        tokens = x.flatten(0, 1)
+        _, scores, indices = self.gate(tokens)
+        return self.experts(tokens, indices, scores).view_as(x)
+
+
 class ToyBlock(nn.Module):
     """Attention, then an optional MLP. Without an MLP nothing reads ``ln_2``."""
 
@@ -144,7 +195,7 @@ class ToyBlock(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = norm(config.d_model)
         if config.d_mlp:
-            self.mlp = ToyMLP(config)
+            self.mlp = ToyMixture(config) if config.n_experts else ToyMLP(config)
         self.has_mlp = config.d_mlp > 0
 
     def forward(
@@ -208,6 +259,12 @@ class ToyTransformer(nn.Module):
         mlp = self.h[layer].get_submodule("mlp")
         assert isinstance(mlp, ToyMLP)
         return mlp
+
+    def mixture(self, layer: int) -> ToyMixture:
+        """Return the mixture of experts of one block, in a model that has mixtures."""
+        mixture = self.h[layer].get_submodule("mlp")
+        assert isinstance(mixture, ToyMixture)
+        return mixture
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wte

@@ -7,6 +7,7 @@ from .discrete_codes import DiscreteCodes, MeanDifference
 from .edge_pruning import EdgePruning
 from .exact import ExactPatching
 from .flow import FlowRoutes
+from .frequency import ActivationFrequency
 from .integrated import IntegratedActivations, IntegratedInputs
 from .method import Method, UnitScores
 from .query import QueryCircuits
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "edge_pruning": EdgePruning,
     "exact": ExactPatching,
     "flow": FlowRoutes,
+    "frequency": ActivationFrequency,
     "integrated_activations": IntegratedActivations,
     "integrated_inputs": IntegratedInputs,
     "magnitude": ActivationMagnitude,

@@ -2,7 +2,7 @@
 
 - ``resample``: the unit's activation on the pair's own corrupted prompt;
 - ``mean``: its mean over the corrupted prompts of a reference set, per position if all prompts have equal length;
-- ``zero``: zero;
+- ``zero``: zero; experts of a mixture are off;
 - ``optimal``: the constant at which the model does best when random units are ablated. Source: Li and Janson 2024,
   arXiv:2409.09951, whose constants are learned in the same way.
 """
@@ -35,7 +35,7 @@ def ablation_values(space: Space, kind: str, reference: PromptPairs, seed: int =
         return lambda batch: space.see(batch.corrupted)[1]
     state = mean_state(space, reference)
     if kind == "zero":
-        state = [torch.zeros_like(tensor) for tensor in state]
+        state = space.zeros(state)
     if kind == "optimal":
         state = optimal_state(space, reference, state, seed)
     return lambda _: state

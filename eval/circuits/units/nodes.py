@@ -7,16 +7,17 @@ Source: sparse feature circuits, Marks et al. 2024, arXiv:2403.19647; a transcod
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ....sae import SparseDictionary
 from ....sae.suggestions import require_choice
 from ....training.activations.model import LanguageModel
+from ....training.activations.routers import chosen_experts
 from .passes import Seen
 from .space import Space, State
 
@@ -25,9 +26,13 @@ POSITIONS = ("all", "each")
 
 
 class Part(ABC):
-    """Units that read at one hook and write at one hook, often the same. Their state has ``n_tensors`` tensors."""
+    """Units that read at one hook and write at one hook, often the same. Their state has ``n_tensors`` tensors.
+
+    ``routes`` is True if the hook is at the output of a mixture's router.
+    """
 
     n_tensors: ClassVar[int] = 1
+    routes: ClassVar[bool] = False
 
     def __init__(self, name: str, hook_in: str, hook_out: str):
         self.name, self.hook_in, self.hook_out = name, hook_in, hook_out
@@ -74,6 +79,23 @@ class Part(ABC):
     ) -> Float[Tensor, "pairs positions d_out"]:
         """Return the update at ``hook_out`` that takes a share of each unit (1: absent, 0: kept) from ``filler``."""
 
+    def zeros(self, state: State) -> State:
+        """Return the state of units that do nothing, in the form of ``state``."""
+        return [torch.zeros_like(tensor) for tensor in state]
+
+    def active(
+        self, state: State, chosen: Bool[Tensor, "pairs positions n_units"] | None
+    ) -> Float[Tensor, "pairs positions n_units"]:
+        """Return 1 where a unit is active, else 0; ``chosen`` are the experts that a router chose.
+
+        Raises:
+            ValueError: If these units are not either active or silent.
+        """
+        raise ValueError(
+            f"frequency: {self.name}: expected units that are active or silent (experts, latents, neurons behind a ReLU), got "
+            "ones that always write. Use another method."
+        )
+
 
 class Coordinates(Part):
     """Coordinates of the activations at a hook, ``group`` per unit.
@@ -112,6 +134,9 @@ class Coordinates(Part):
 
     def change(self, x: Tensor, y: Tensor, absent: Tensor, filler: State) -> Tensor:
         return (filler[0] - y) * absent.repeat_interleave(self.group, -1)
+
+    def active(self, state: State, chosen: Tensor | None) -> Tensor:
+        return (state[0] > 0).to(state[0]) if self.group == 1 else super().active(state, chosen)
 
 
 class Latents(Part):
@@ -186,6 +211,11 @@ class Latents(Part):
         error = y - self.dictionary.decode(code, x.flatten(0, 1)).view(y.shape).to(y)
         return change + (filler[1] - error) * (absent[..., n:] if self.errors == "node" else 1.0)
 
+    def active(self, state: State, chosen: Tensor | None) -> Tensor:
+        fires = (state[0] != 0).to(state[0])
+        # The error is there at every token.
+        return torch.cat([fires, torch.ones_like(fires[..., :1])], dim=-1) if self.errors == "node" else fires
+
 
 class NodeSpace(Space):
     """Parts of a model combined into one space. With ``positions="each"`` every position of a unit is a separate unit.
@@ -242,6 +272,26 @@ class NodeSpace(Space):
         difference = [x - y for x, y in zip(a, b, strict=True)]
         return self._by_unit(difference, difference).sqrt()
 
+    def zeros(self, state: State) -> State:
+        return [tensor for part, tensors in self._by_part(state) for tensor in part.zeros(tensors)]
+
+    def frequency(self, token_ids: Int[Tensor, "pairs positions"], counted: Bool[Tensor, "pairs positions"]) -> Tensor:
+        routers = {part.name: self.model.find(part.hook_out)[0] for part in self.parts if part.routes}
+        with chosen_experts(routers) as chosen:
+            _, state = self.see(token_ids)
+        found = []
+        for part, tensors in self._by_part(state):
+            experts = chosen[part.name].unflatten(0, token_ids.shape) if part.routes else None
+            weights = counted.to(tensors[0]) / counted.sum(1, keepdim=True).to(tensors[0])
+            found.append(self._flat(part.active(tensors, experts) * weights[..., None]))
+        return torch.cat(found, dim=1)
+
+    def _by_part(self, state: State) -> Iterator[tuple[Part, State]]:
+        at = 0
+        for part in self.parts:
+            yield part, state[at : at + part.n_tensors]
+            at += part.n_tensors
+
     def run(self, token_ids: Int[Tensor, "pairs positions"], kept: Tensor, filler: State) -> Tensor:
         if self.copies > 1 and token_ids.shape[1] != self.copies:
             raise ValueError(f"positions: expected prompts of {self.copies} tokens, got {token_ids.shape[1]}.")
@@ -278,12 +328,8 @@ class NodeSpace(Space):
         return absent.view(-1, absent.shape[-1])[:, self.groups[part.name]].unflatten(1, (self.copies, part.n_units))
 
     def _by_unit(self, difference: State, slopes: State) -> Float[Tensor, "pairs units"]:
-        found, at = [], 0
-        for part in self.parts:
-            end = at + part.n_tensors
-            found.append(self._flat(part.contrast(difference[at:end], slopes[at:end])))
-            at = end
-        return torch.cat(found, dim=1)
+        parts = zip(self._by_part(difference), self._by_part(slopes), strict=True)
+        return torch.cat([self._flat(part.contrast(some, slope)) for (part, some), (_, slope) in parts], dim=1)
 
     def _flat(self, effects: Float[Tensor, "pairs positions n_units"]) -> Float[Tensor, "pairs units"]:
         return effects.sum(1) if self.copies == 1 else effects.flatten(1)

@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
@@ -69,6 +70,20 @@ class Space(ABC):
         ``kept`` is ``(units,)`` or ``(pairs, units)``; values between 0 and 1 interpolate, and gradients flow to them.
         ``filler`` has the form of a state; its rows and positions may be broadcast.
         """
+
+    def zeros(self, state: State) -> State:
+        """Return the state of units that do nothing, in the form of ``state``: zeros, unless a unit is off otherwise."""
+        return [torch.zeros_like(tensor) for tensor in state]
+
+    def frequency(
+        self, token_ids: Int[Tensor, "pairs positions"], counted: Bool[Tensor, "pairs positions"]
+    ) -> Float[Tensor, "pairs units"]:
+        """Return the share of the ``counted`` positions at which each unit is active.
+
+        Raises:
+            ValueError: If units are not either active or silent.
+        """
+        raise ValueError("frequency: expected experts, latents or neurons, got edges, which always carry something.")
 
     def see(self, token_ids: Int[Tensor, "pairs positions"]) -> tuple[Tensor, State]:
         """Return the logits and unit activations of the unmodified model, in one forward pass."""

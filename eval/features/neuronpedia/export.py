@@ -19,7 +19,7 @@ from ....training.activations.architecture import Architecture
 from ....training.activations.model import LanguageModel
 from ..records import Described
 from .neurons import NeuronMoments, alignment
-from .rows import Identity, Row, activation_rows, explanation_rows, feature_row, tables
+from .rows import Row, SourceIdentity, activation_rows, explanation_rows, feature_row, latent_tables
 
 # Latents per file: Neuronpedia's own exports have as many.
 BATCH = 1024
@@ -94,11 +94,11 @@ def write_neuronpedia(
         moments: Sums over the same pass as ``described``.
     """
     aligned = alignment(dictionary.atoms * dictionary.out_scale)
-    found = tables(described, aligned, moments.correlations())
+    found = latent_tables(described, aligned, moments.correlations())
     reads, writes = about["hooks_in"], about["hooks_out"]
     model_id, layer, set_name = export.source(about["checkpoint"], writes[0], about["model"])
     hook_name = to_transformer_lens(reads[0], about["model"]) or to_transformer_lens(reads[0])
-    identity = Identity(model_id, f"{layer}-{set_name}", CREATOR_ID, datetime.now(UTC).isoformat(timespec="milliseconds"))
+    identity = SourceIdentity(model_id, f"{layer}-{set_name}", CREATOR_ID, datetime.now(UTC).isoformat(timespec="milliseconds"))
     directory = Path(export.directory) / model_id / identity.layer
     for name in ("features", "activations", "explanations"):
         (directory / name).mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def write_neuronpedia(
 
 
 def source_rows(
-    identity: Identity, set_name: str, about: dict[str, Any], model: LanguageModel, contexts: int
+    identity: SourceIdentity, set_name: str, about: dict[str, Any], model: LanguageModel, contexts: int
 ) -> dict[str, Row]:
     """Return the rows of the model, the release, the set and the source, by file name."""
     made = {"creatorId": identity.creator_id, "createdAt": identity.created_at}

@@ -101,7 +101,7 @@ def latent_cosines(sums: np.ndarray, squares: np.ndarray, tokens: int, others: n
     return np.divide(products, lengths, out=np.zeros_like(products), where=(lengths > 0) & (others >= 0))
 
 
-def histogram(values: np.ndarray, bins: int) -> tuple[list[int], list[float]]:
+def value_histogram(values: np.ndarray, bins: int) -> tuple[list[int], list[float]]:
     """Return counts in ``bins`` bins of equal width from the least to the largest value, and the bins' centers."""
     if not len(values):
         return [], []

@@ -15,7 +15,7 @@ import numpy as np
 from ..logit_lens import Unembedding
 from ..neighbours import as_matrix
 from ..records import Described, FeatureRecord, number
-from .neurons import ROWS, Alignment, NeuronCorrelations, histogram, latent_cosines
+from .neurons import ROWS, Alignment, NeuronCorrelations, latent_cosines, value_histogram
 
 BINS = 50
 # Bin of the strongest contexts, as SAEDashboard marks it: of no interval.
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Identity:
+class SourceIdentity:
     """Ids under which rows are imported: ``layer`` is the id of the source, such as ``8-res-jb``."""
 
     model_id: str
@@ -74,7 +74,7 @@ class Tables:
         }
 
 
-def tables(described: Described, aligned: Alignment, neurons: NeuronCorrelations) -> Tables:
+def latent_tables(described: Described, aligned: Alignment, neurons: NeuronCorrelations) -> Tables:
     """Compute the figures that records do not hold; histograms of activations are those of the sampled tokens."""
     collected, lens = described.collected, described.lens
     codes: Any = as_matrix(collected.token_sample, collected.n_latents)
@@ -82,18 +82,18 @@ def tables(described: Described, aligned: Alignment, neurons: NeuronCorrelations
     others, pearson = (part[:, :ROWS] for part in described.together.correlation)
     cosines = latent_cosines(sums, squares, codes.shape[0], others, pearson)
     spans = zip(codes.indptr[:-1], codes.indptr[1:], strict=True)
-    activations = [histogram(codes.data[low:high], BINS) for low, high in spans]
-    empty = [histogram(np.zeros(0), BINS)] * collected.n_latents
+    activations = [value_histogram(codes.data[low:high], BINS) for low, high in spans]
+    empty = [value_histogram(np.zeros(0), BINS)] * collected.n_latents
     logits = empty if isinstance(lens, str) else logit_histograms(lens, len(described.words))
     return Tables(aligned, neurons, (others, pearson, cosines), logits, activations)
 
 
 def logit_histograms(lens: Unembedding, words: int) -> list[tuple[list[int], list[float]]]:
     """Return for each latent the histogram of its effects on the logits of all ``words`` tokens."""
-    return [histogram(row, BINS) for effects in lens.blocks() for row in effects[:, :words].cpu().numpy()]
+    return [value_histogram(row, BINS) for effects in lens.blocks() for row in effects[:, :words].cpu().numpy()]
 
 
-def feature_row(record: FeatureRecord, identity: Identity, columns: Mapping[str, Any], hook_name: str | None) -> Row:
+def feature_row(record: FeatureRecord, identity: SourceIdentity, columns: Mapping[str, Any], hook_name: str | None) -> Row:
     """Return a latent's row; a latent that never fired has no histogram and the maximum 0."""
     logits = record["logits"] or {"promoted": [], "suppressed": []}
     about = {
@@ -121,7 +121,7 @@ def feature_row(record: FeatureRecord, identity: Identity, columns: Mapping[str,
     }
 
 
-def activation_rows(record: FeatureRecord, identity: Identity, dataset: str) -> Iterator[Row]:
+def activation_rows(record: FeatureRecord, identity: SourceIdentity, dataset: str) -> Iterator[Row]:
     """Yield a row for each context of a latent: the strongest, then those drawn from each slice of its peaks."""
     slices = record["quantiles"]
     found = [(TOP_BIN | {"binMax": record["max_activation"]}, context) for context in record["top"]]
@@ -153,7 +153,7 @@ def activation_rows(record: FeatureRecord, identity: Identity, dataset: str) -> 
         }
 
 
-def explanation_rows(record: FeatureRecord, identity: Identity, explainer: str | None) -> Iterator[Row]:
+def explanation_rows(record: FeatureRecord, identity: SourceIdentity, explainer: str | None) -> Iterator[Row]:
     """Yield the explanation of a latent that has one; the explainer is in its notes, because Neuronpedia lists its own only."""
     found = record["explanation"]
     if found is not None and found["text"] is not None:

@@ -138,7 +138,7 @@ function head(i, latent) {
   if (d) box.append(make('p', 'said', make('span', 'label', 'best predicate: '), d.predicate,
     d.threshold ? ' (above ' + d.threshold + ' of the maximum)' : ''));
   if (latent.explanation && latent.explanation.text) {
-    const scores = ['detection', 'fuzzing'].filter(name => latent.explanation[name] !== null)
+    const scores = ['detection', 'fuzzing', 'intervention', 'surprisal'].filter(name => Number.isFinite(latent.explanation[name]))
       .map(name => name + ' ' + number(latent.explanation[name])).join(', ');
     box.append(make('p', 'said', make('span', 'label', 'explanation: '), latent.explanation.text,
       make('span', 'note', scores ? '  ' + scores : '')));
@@ -155,9 +155,13 @@ async function show(i) {
     make('p', 'note', 'Bins are equal on a logarithmic scale.')));
   parts.push(card('Tokens it fires on', '', latent.tokens.length ? listed(latent.tokens, token) : none('none'),
     make('p', 'note', 'Fraction of its summed activation.')));
-  parts.push(card('Direct effect on logits', 'effect', latent.logits ? make('div', 'pair',
-    make('div', '', make('h3', '', 'promoted'), listed(latent.logits[0], token)),
-    make('div', '', make('h3', '', 'suppressed'), listed(latent.logits[1], token))) : none(latent.reasons.logits)));
+  const effect = (title, logits, reason) => card(title, 'effect', logits ? make('div', 'pair',
+    make('div', '', make('h3', '', 'promoted'), listed(logits[0], token)),
+    make('div', '', make('h3', '', 'suppressed'), listed(logits[1], token))) : none(reason));
+  // Of a crosscoder of two models: what it writes to each.
+  const models = latent.base !== undefined;
+  if (models) parts.push(effect('Direct effect on logits, base model', latent.base, latent.reasons.logits_base));
+  parts.push(effect('Direct effect on logits' + (models ? ', tuned model' : ''), latent.logits, latent.reasons.logits));
   const near = make('div', 'pair four');
   for (const title in latent.near) near.append(make('div', '', make('h3', '', title),
     latent.near[title].length ? listed(latent.near[title], other => {

@@ -44,6 +44,17 @@ def stack(tmp_path):
     return tmp_path / "stack"
 
 
+def test_a_model_object_takes_the_place_of_the_one_that_is_named(embedded_model, stack, tmp_path, monkeypatch):
+    module, tokenizer = embedded_model.module, embedded_model.tokenizer
+    named = attribution_graph(str(stack), PROMPT, str(tmp_path / "a"), context_tokens=0)
+    # Nothing is loaded.
+    monkeypatch.delattr("sparsary.eval.attribution_graphs.run.load_model")
+    given = attribution_graph(str(stack), PROMPT, str(tmp_path / "b"), context_tokens=0, model=module, tokenizer=tokenizer)
+    assert given["replacement_score"] == pytest.approx(named["replacement_score"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"tokenizer: expected the model's tokenizer"):
+        attribution_graph(str(stack), PROMPT, str(tmp_path / "c"), context_tokens=0, model=module)
+
+
 def test_a_stack_and_a_prompt_become_a_graph(stack, tmp_path):
     facts = attribution_graph(str(stack), PROMPT, str(tmp_path / "out"), node_threshold=0.99, context_tokens=500)
     values = json.loads((tmp_path / "out" / "graph.json").read_text())

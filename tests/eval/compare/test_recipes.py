@@ -112,7 +112,7 @@ def recipes(recipe_values, tmp_path):
     folder.mkdir()
     # Half held out: evaluation, six times in one test, need not read through twenty documents for one.
     recipe_values["harvest"] |= {"tokens": 3000, "heldout": 0.5}
-    recipe_values |= {"tokens": 1010, "eval_tokens": 600}
+    recipe_values |= {"tokens": 1010, "eval_tokens": 300}
     wider = recipe_values | {"dictionary": recipe_values["dictionary"] | {"encoder": {"name": "topk", "k": 7}}}
     for name, values in (("narrow", recipe_values), ("wide", wider), ("base", {"nothing": "valid"})):
         (folder / f"{name}.yaml").write_text(json.dumps(values))
@@ -177,7 +177,7 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
     compare_recipes([str(recipes)], overrides, seeds=2, out=str(out))
     assert calls["evaluate"] == [runs[3]]
     calls["evaluate"].clear()
-    compare_recipes([str(recipes / "narrow.yaml")], overrides | {"eval_tokens": 700}, seeds=1, out=str(out))
+    compare_recipes([str(recipes / "narrow.yaml")], overrides | {"eval_tokens": 400}, seeds=1, out=str(out))
     assert calls["evaluate"] == [runs[0]]
     assert all(torch.equal(load_dictionary(run).W_dec, before) for run, before in zip(runs, weights, strict=True))
 
@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path,
     assert comparison["families"][0]["live"]
     assert calls["harvest"] == []
     # Trained further than the report says, or not yet to the end.
-    assert not is_complete(run.model_copy(update={"eval_tokens": 601}))
+    assert not is_complete(run.model_copy(update={"eval_tokens": 301}))
     config = json.loads((out / "narrow" / "seed-0" / "dictionary.json").read_text())
     config["provenance"]["training_tokens"] = 505
     # As a user who edits the file has to.

@@ -66,18 +66,22 @@ def marked_run(marked, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(marked_run):
-    return diff(str(marked_run))
+    return diff(str(marked_run), difference_sae=True)
 
 
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory):
     """A crosscoder of the embedded model with itself."""
     folder = tmp_path_factory.mktemp("own")
-    return sparsary.train(recipe(folder, "embedded", tokens=15_000))
+    values = recipe(folder, "embedded", tokens=10_000)
+    values["harvest"]["tokens"] = 8000
+    return sparsary.train(values)
 
 
 def test_a_model_against_itself_has_no_exclusive_latents(own_run):
-    found = diff(str(own_run), tokens=4000)
+    found = diff(str(own_run), tokens=4000, difference_sae=True)
+    assert found["reasons"]["difference_sae"] == "the two models' activations are equal"
+    assert "difference_sae" not in found
     assert found["counts"]["tuned_only"] == found["counts"]["base_only"] == found["counts"]["rotated"] == 0
     assert found["counts"]["shared"] > 20
     assert found["latents"] == []
@@ -112,32 +116,55 @@ def test_changed_latents_fire_where_the_neuron_does(found, marked_run, direction
     assert max(scores) > 0.7
 
 
-def test_the_result_is_written_and_rendered_again(found, marked_run):
-    path = marked_run / "diff" / "diff.json"
-    written = read_json(path)
-    assert {key: value for key, value in found.items() if key not in ("page_path", "path")} == written
-    page = path.with_suffix(".html")
-    before = page.read_bytes()
-    page.unlink()
-    assert sparsary.render(path) == page
-    assert page.read_bytes() == before
-    assert len(found.to_pandas()) == len(found["latents"])
-    assert "sparsary diff" in page.read_text()
-
-
-def test_figures_of_the_terminal(found):
-    lines = dict(diff_summary(found))
-    assert lines["latents"].startswith(f"{found['counts']['base_only']} base only")
-    (head, *_), *_ = diff_tables(found)
-    assert head == ["base changed by", "KL closed", "KL left"]
-
-
 def test_patches_stand_between_floor_and_ceiling(found):
     closed = {name: each["share"] for name, each in found["patching"]["closed"].items()}
     assert closed["activation"] > 0.9
     # Patches of several directions may come as close, to rounding.
     assert closed["activation"] > max(closed.values()) - 0.005
     assert closed["changed"] > max(closed["random"], closed["unchanged"])
+
+
+def test_an_sae_on_the_difference_is_a_floor_by_the_same_recipe(found, marked_run, direction):
+    sae, crosscoder = sparsary.load(marked_run / "diff" / "difference_sae"), sparsary.load(marked_run)
+    assert (sae.n_latents, sae.d_in) == (crosscoder.n_latents, 128)
+    assert sae.arguments()["encoder"] == crosscoder.arguments()["encoder"]
+    recipes = [found.provenance["recipe"] for found in (sae, crosscoder)]
+    for key in ("tokens", "batch_tokens", "lr", "seed", "dead_after_tokens"):
+        assert recipes[0][key] == recipes[1][key]
+    entry = found["difference_sae"]
+    assert 0 < entry["fvu"] < 0.2
+    # What was added is one direction, with either sign, as neurons are negative at times.
+    rows = (sae.atoms * sae.out_scale)[[row["latent"] for row in entry["latents"]]].detach()
+    cosines = torch.nn.functional.cosine_similarity(rows, direction[None], dim=1)
+    assert float(cosines[0].abs()) > 0.9
+    assert float(cosines.max()) > 0.9
+    shares = [row["contribution"] for row in entry["latents"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.1 < sum(shares) < 1.0001
+    closed = {name: each["share"] for name, each in found["patching"]["closed"].items()}
+    assert closed["activation"] + 0.005 > closed["difference_sae"] > 0.5
+    assert "SAE on the difference" in found.html
+    assert "SAE on difference" in dict(diff_summary(found))
+
+
+def test_an_sae_on_the_difference_needs_the_crosscoder_s_store(shifted_run, own_run, tmp_path):
+    with pytest.raises(ValueError, match=r"--difference-sae: expected a crosscoder with its recipe, got .* without"):
+        diff(str(shifted_run), difference_sae=True)
+    for change, message in (
+        (None, r"--difference-sae: expected a crosscoder trained from a store, got one trained on live activations"),
+        (
+            str(tmp_path / "gone"),
+            r"--difference-sae: expected the activations .*gone: .*sparsary harvest CHECKPOINT/recipe\.yaml",
+        ),
+    ):
+        copy = shutil.copytree(own_run, tmp_path / f"copy{change is None}")
+        path = copy / "dictionary.json"
+        config = json.loads(path.read_text())
+        config.pop("checksum", None)
+        config["provenance"]["recipe"]["harvest"]["store"] = change
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            diff(str(copy), out=tmp_path / "out", difference_sae=True)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +198,13 @@ def shifted_run(tmp_path_factory):
     return root / "run"
 
 
-def test_an_exclusive_latent_is_confirmed_and_closes_the_divergence(shifted_run):
-    found = diff(str(shifted_run), tokens=2000)
+@pytest.fixture(scope="module")
+def shifted(shifted_run):
+    return diff(str(shifted_run), tokens=2000)
+
+
+def test_an_exclusive_latent_is_confirmed_and_closes_the_divergence(shifted):
+    found = shifted
     assert found["counts"] == {"base_only": 0, "shared": 0, "rotated": 0, "tuned_only": 1, "uneven": 0, "dead": 1}
     assert found["true_exclusive"] == {"base_only": 0, "tuned_only": 1}
     (latent,) = found["latents"]
@@ -183,10 +215,30 @@ def test_an_exclusive_latent_is_confirmed_and_closes_the_divergence(shifted_run)
     assert closed["exclusive"]["share"] == pytest.approx(closed["mean_difference"]["share"], abs=0.01)
 
 
-def test_commands_of_one_model_s_predictions_are_refused(marked_run):
+def test_the_result_is_written_and_rendered_again(shifted, shifted_run):
+    path = shifted_run / "diff" / "diff.json"
+    written = read_json(path)
+    assert {key: value for key, value in shifted.items() if key not in ("page_path", "path")} == written
+    page = path.with_suffix(".html")
+    before = page.read_bytes()
+    page.unlink()
+    assert sparsary.render(path) == page
+    assert page.read_bytes() == before
+    assert len(shifted.to_pandas()) == len(shifted["latents"])
+    assert "sparsary diff" in page.read_text()
+
+
+def test_figures_of_the_terminal(shifted):
+    lines = dict(diff_summary(shifted))
+    assert lines["latents"].startswith(f"{shifted['counts']['base_only']} base only")
+    (head, *_), *_ = diff_tables(shifted)
+    assert head == ["base changed by", "KL closed", "KL left"]
+
+
+def test_commands_of_one_model_s_predictions_are_refused(shifted_run):
     for command in (sparsary.evaluate, sparsary.probe):
         with pytest.raises(ValueError, match=r"measures the predictions of one model, .* trained on two\. Run: sparsary diff"):
-            command(str(marked_run))
+            command(str(shifted_run))
 
 
 def test_an_sae_is_refused(recipe_values, tmp_path):
@@ -197,6 +249,7 @@ def test_an_sae_is_refused(recipe_values, tmp_path):
 
 def test_a_crosscoder_of_one_model_s_layers_is_refused(tmp_path):
     values = recipe(tmp_path, "embedded", tokens=2000)
+    values["harvest"]["tokens"] = 1500
     del values["models"]
     values["dictionary"] = {key: value for key, value in values["dictionary"].items() if key != "hook"} | {
         "hooks": [HOOK, "transformer.h.1:out"]
@@ -206,8 +259,8 @@ def test_a_crosscoder_of_one_model_s_layers_is_refused(tmp_path):
         diff(str(run))
 
 
-def test_another_model_in_place_of_the_pair_is_refused(marked_run, tmp_path):
-    copy = shutil.copytree(marked_run, tmp_path / "copy")
+def test_another_model_in_place_of_the_pair_is_refused(shifted_run, tmp_path):
+    copy = shutil.copytree(shifted_run, tmp_path / "copy")
     path = copy / "dictionary.json"
     config = json.loads(path.read_text())
     config.pop("checksum", None)

@@ -44,7 +44,7 @@ def recipe(chats, tmp_path):
     }
 
 
-def test_masks_and_roles_reach_the_report_and_the_page(recipe, tmp_path):
+def test_masks_and_roles_reach_the_report_and_the_page(recipe, tmp_path, no_page):
     run = sparsary.train(recipe)
     provenance = json.loads((run / "dictionary.json").read_text())["provenance"]
     assert provenance["text"]["chat"]["roles"] == ["assistant"]

@@ -40,3 +40,25 @@ def test_records_have_each_site_s_share_of_the_decoder_norm(tmp_path, embedded_m
     assert records[7]["logits"]["promoted"][0]["effect"] == pytest.approx(
         float((ours.written[7] @ ours.readers.T - (ours.written[7] @ ours.readers.T).mean()).max()), rel=1e-3
     )
+
+
+def test_a_crosscoder_of_two_models_has_the_logits_of_both(tmp_path, embedded_model):
+    hooks = ["base/transformer.h.3:out", "tuned/transformer.h.3:out"]
+    torch.manual_seed(0)
+    crosscoder = Crosscoder([128, 128], 40, ENCODERS["topk"](k=4), names=hooks)
+    words = [embedded_model.tokenizer.decode([token]) for token in range(len(embedded_model.tokenizer))]
+    transformer = embedded_model.module.transformer
+    with torch.no_grad():
+        for side, word in enumerate(("coin", "ring")):
+            row = transformer.wte.weight[words.index(word)] / transformer.ln_f.weight
+            crosscoder.W_dec[7, 128 * side : 128 * (side + 1)] = row
+    about = {"model": {"id": "embedded", "tuned": {"id": "embedded"}}, "text": {"source": "embedded"}}
+    crosscoder.save(tmp_path, about | {"hooks_in": hooks, "hooks_out": hooks})
+    found = features(tmp_path, tokens=1500)
+    (record,) = found.records_of([7])
+    assert record["logits_base"]["promoted"][0]["token"] == "coin"
+    assert record["logits"]["promoted"][0]["token"] == "ring"
+    assert found["models"] == ["embedded", "embedded"]
+    page = (tmp_path / "features" / "features.html").read_text()
+    assert "embedded and embedded" in page
+    assert "Direct effect on logits, base model" in page

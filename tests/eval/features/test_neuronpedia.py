@@ -11,7 +11,7 @@ import torch
 from sparsary import NeuronpediaExport
 from sparsary.eval.features.collect import Limits
 from sparsary.eval.features.neuronpedia import export
-from sparsary.eval.features.neuronpedia.neurons import NeuronMoments, alignment, histogram, latent_cosines
+from sparsary.eval.features.neuronpedia.neurons import NeuronMoments, alignment, latent_cosines, value_histogram
 from sparsary.eval.features.run import features
 from sparsary.sae import ENCODERS, SAE, SparseCode, load_dictionary
 from sparsary.training.activations.contexts import ContextBatch
@@ -121,7 +121,7 @@ def test_features_and_activations_are_those_of_the_records(exported, checkpoint)
 
 def test_an_explanation_is_exported(exported):
     records, _ = exported
-    identity = export.Identity("gpt2-small", "8-res-jb", "me", "now")
+    identity = export.SourceIdentity("gpt2-small", "8-res-jb", "me", "now")
     explained = records[0] | {"explanation": {"text": "years", "detection": 1.0}}
     (row,) = export.explanation_rows(explained, identity, "explainer")
     assert (row["description"], row["modelId"], row["layer"], row["index"]) == ("years", "gpt2-small", "8-res-jb", "0")
@@ -160,8 +160,8 @@ def test_correlations_with_neurons_are_numpy_s():
 def test_alignment_and_histograms():
     found = alignment(torch.tensor([[0.0, -4.0, 1.0, 3.0]]), 2)
     assert (found.neurons.tolist(), found.values.tolist(), found.shares.tolist()) == ([[3, 2]], [[3, 1]], [[0.375, 0.125]])
-    assert histogram(np.array([0.0, 1.0, 3.0, 4.0]), 2) == ([2, 2], [1.0, 3.0])
-    assert histogram(np.zeros(0), 2) == ([], [])
+    assert value_histogram(np.array([0.0, 1.0, 3.0, 4.0]), 2) == ([2, 2], [1.0, 3.0])
+    assert value_histogram(np.zeros(0), 2) == ([], [])
 
 
 def test_ids_that_neuronpedia_has_not_are_refused(tmp_path, checkpoint):

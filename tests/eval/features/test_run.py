@@ -10,6 +10,7 @@ import torch
 
 import sparsary
 from sparsary.eval.features.collect import Limits
+from sparsary.eval.features.llm_client import Chat, LlmUsage
 from sparsary.eval.features.records import SCHEMA_VERSION
 from sparsary.eval.features.run import Explainer, features, features_summary
 from sparsary.sae import ENCODERS, SAE
@@ -19,6 +20,7 @@ from sparsary.transcoders.transcoder import Transcoder
 
 HOOK = "transformer.h.2:out"
 N = 67
+TOKENS = 1500
 LIMITS = Limits(top=4, sample=12, before=5, after=2, background=60)
 
 
@@ -42,7 +44,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def about(checkpoint):
-    return features(str(checkpoint), tokens=3000, limits=LIMITS)
+    return features(str(checkpoint), tokens=TOKENS, limits=LIMITS)
 
 
 def lines(folder):
@@ -81,14 +83,14 @@ def test_one_line_a_latent_and_every_null_has_a_reason(checkpoint, about):
 def test_the_about_file_is_what_is_returned(checkpoint, about):
     saved = read_json(checkpoint / "features" / "features.json")
     assert saved == {key: value for key, value in about.items() if key != "page_path"}
-    assert saved["tokens"] >= 3000
+    assert saved["tokens"] >= TOKENS
     assert saved["no_factors"] is None
     assert 0 < saved["predicate_f1_median"] < 1
     assert dict(features_summary(about))["read"].startswith(f"{saved['tokens']:,} held-out tokens")
 
 
 def test_twice_gives_the_same_bytes(checkpoint, about, tmp_path):
-    features(str(checkpoint), str(tmp_path), 3000, LIMITS)
+    features(str(checkpoint), str(tmp_path), TOKENS, LIMITS)
     for name in ("features.jsonl", "features.json", "features.html"):
         assert (tmp_path / name).read_bytes() == (checkpoint / "features" / name).read_bytes()
 
@@ -163,7 +165,7 @@ def test_tokens_that_are_not_finite_are_left_out_and_told(checkpoint, tmp_path, 
         return found
 
     monkeypatch.setattr(LanguageModel, "activations", overflowing)
-    found = features(str(checkpoint), str(tmp_path), 3000, LIMITS)
+    found = features(str(checkpoint), str(tmp_path), TOKENS, LIMITS)
     assert found["skipped"] == ["tokens whose activations are not finite: 1"]
     assert found["tokens"] == about["tokens"] - 1
     assert about["skipped"] == []
@@ -200,7 +202,7 @@ def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatc
         return ended.value.code, capsys.readouterr()
 
     with serving(reply) as (url, stub):
-        code, said = command("--tokens", "2000", "--explainer", "stub-1", "--address", url, "--explain", "3")
+        code, said = command("--tokens", "1000", "--explainer", "stub-1", "--address", url, "--explain", "3")
         assert code == 0, said.err
     # Kept, so that the same command asks nothing again; of equal questions only one is asked.
     assert len(list((tmp_path / "answers").iterdir())) == len(stub.requests) > 0
@@ -228,6 +230,43 @@ def test_an_explainer_that_fails_later_leaves_what_was_written(checkpoint, tmp_p
     monkeypatch.setattr("sparsary.eval.features.llm_client.FIRST_WAIT_SECONDS", 0.0)
     busy = serving(lambda _request: (503, {"error": "busy"}, {}))
     with busy as (url, stub), pytest.raises(ValueError, match="could not be reached"):
-        features(str(checkpoint), str(tmp_path), 3000, LIMITS, explainer=Explainer("m", url))
+        features(str(checkpoint), str(tmp_path), 500, LIMITS, explainer=Explainer("m", url))
     assert stub.requests
     assert len(lines(tmp_path)) == N
+
+
+class Agreeing(Chat):
+    """Explains everything by the same words, and says yes; every text has the same loss."""
+
+    name = "agreeing"
+
+    def __init__(self):
+        self.usage = LlmUsage()
+
+    def answer(self, system, prompt):
+        return "EXPLANATION: words" if "EXPLANATION:" in system else str([1] * prompt.count("Excerpt "))
+
+    def loss(self, prompt, text):
+        return 1.0
+
+    def require_ready(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_scorers_that_are_asked_for_are_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Explainer, "chat", lambda self, cache: Agreeing())
+    monkeypatch.setattr("sparsary.eval.features.intervention.NEW_TOKENS", 3)
+    limits = Limits(top=4, sample=20, before=11, after=4, background=80)
+    asked = Explainer("m", latents=1, scorers=("intervention", "surprisal"))
+    about = features(str(checkpoint), str(tmp_path), 4000, limits, explainer=asked)
+    (explained,) = (record["explanation"] for record in lines(tmp_path) if record["explanation"])
+    assert "detection" not in explained
+    # Yes to everything is right half of the time, and losses that are equal tell nothing.
+    assert (explained["intervention"], explained["surprisal"]) == (0.5, 0.5)
+    assert explained["details"]["intervention"]["recall"] == 1
+    assert (about["intervention_median"], about["surprisal_median"]) == (0.5, 0.5)
+    assert "detection_median" not in about
+    assert ("explained", "1 latents by agreeing   intervention 0.500   surprisal 0.500") in features_summary(about)

@@ -21,19 +21,22 @@ def gradient_run(tmp_path_factory):
     hook = "transformer.h.2:out"
     values = {
         "text": {"context_length": 32},
-        "harvest": {"hooks": [hook], "tokens": 6000, "gradients": True, "store": str(folder / "store")},
+        "harvest": {"hooks": [hook], "tokens": 3000, "gradients": True, "store": str(folder / "store")},
         "dictionary": {"hook": hook, "n_latents": 131, "encoder": {"name": "gradient_topk", "k": 8, "beta": 30.0}},
         "tokens": 12_000,
         "batch_tokens": 400,
         "lr": 3e-3,
         "out_dir": str(folder / "run"),
-        "eval_tokens": 1500,
+        "eval_tokens": 600,
     }
     return train_recipe(resolve_recipe(check_recipe(values, "recipe")))
 
 
 def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
-    usual = evaluate(str(gradient_run))
+    # One page is looked at.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+        usual = evaluate(str(gradient_run))
     oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=InferenceMode(oracle=True))
     assert usual["selection"] == "per token"
     assert oracle["selection"].startswith("oracle")
@@ -45,9 +48,9 @@ def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
 
 
 def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path, no_page):
-    usual = evaluate(str(gradient_run), str(tmp_path / "usual"), tokens=600)
+    usual = evaluate(str(gradient_run), str(tmp_path / "usual"), tokens=300)
     for name in PURSUITS:
-        found = evaluate(str(gradient_run), str(tmp_path / name), tokens=600, selection=InferenceMode(pursuit=name, k=8))
+        found = evaluate(str(gradient_run), str(tmp_path / name), tokens=300, selection=InferenceMode(pursuit=name, k=8))
         assert name in found["selection"]
         assert found["l0_mean"] <= 8
         assert found["fvu"] < usual["fvu"]

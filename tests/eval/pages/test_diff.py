@@ -35,7 +35,7 @@ LATENT = {
 }
 CLOSED = {
     name: {"share": share, "kl": 0.01 * (1 - share), "low": share - 0.05, "high": share + 0.05}
-    for name, share in zip(CHANGES, (0.99, 0.9, 0.89, 0.5, 0.84321, 0.05, -0.2, 0.86, 0.01), strict=True)
+    for name, share in zip(CHANGES, (0.99, 0.9, 0.89, 0.5, 0.84321, 0.05, -0.2, 0.86, 0.01, 0.97, 0.61), strict=True)
 }
 FOUND = {
     "diff_version": 1,
@@ -125,12 +125,27 @@ def test_equal_models_have_nothing_to_close(values):
 
 def test_the_page_s_command_and_place(values, tmp_path):
     path = tmp_path / "diff.json"
-    path.write_text(json.dumps(values | {"seed": 3}))
+    path.write_text(json.dumps(values | {"seed": 3, "difference_sae_asked": True}))
     html = render_file(path).read_text()
-    assert "sparsary diff runs/diff --tokens 60000 --seed 3" in html
+    assert "sparsary diff runs/diff --tokens 60000 --difference-sae --seed 3" in html
     path.write_text(json.dumps({key: value for key, value in values.items() if key != "latents"}))
     with pytest.raises(ValueError, match="expected what sparsary diff writes, got a file without some of it"):
         render_file(path)
+
+
+def test_an_sae_on_the_difference_has_a_section_of_its_own(values):
+    plain = render_diff(values)
+    assert "Trained on the difference" not in plain
+    entry = {key: LATENT[key] for key in LATENT if key not in ("kind", "relative_norm", "cosine", "nu_error")}
+    sae = {"folder": "difference_sae", "encoder": values["encoder"], "n_latents": 512, "fvu": 0.25, "l0": 15.5, "dead": 7}
+    values |= {
+        "difference_sae_asked": True,
+        "difference_sae": sae | {"latents": [entry | {"contribution": 0.625, "latent": 93}]},
+    }
+    html = render_diff(values)
+    assert "fvu 0.25 of the difference" in html
+    assert "0.625 of the summed squared contributions" in html
+    assert "latent 93" in html
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")

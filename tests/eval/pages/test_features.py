@@ -214,14 +214,14 @@ def test_a_phone_needs_no_sideways_scrolling(tmp_path, html, scheme):
 @needs_browser
 def test_opening_a_latent_unpacks_its_chunk_alone(tmp_path):
     """So that ten thousand latents open as fast as ten: what is not looked at stays compressed."""
-    html = render_features(ABOUT | {"n_latents": 1600}, records(1600))
+    html = render_features(ABOUT | {"n_latents": 1216}, records(1216, contexts=1))
     steps = """
     const sizes = [cache.size];
-    for (const i of [1599, 1598, 700]) { location.hash = '#' + i; await shown(i); sizes.push(cache.size); }
-    for (let i = 0; i < 1600; i += 64) { location.hash = '#' + i; await shown(i); }
+    for (const i of [1215, 1214, 700]) { location.hash = '#' + i; await shown(i); sizes.push(cache.size); }
+    for (let i = 0; i < 1216; i += 64) { location.hash = '#' + i; await shown(i); }
     say(JSON.stringify([...sizes, cache.size <= CACHED + 1]));
     """
     dom, console = browse(tmp_path, html, "--dump-dom", steps=steps)
     assert console == []
     assert said(dom) == [1, 2, 2, 3, True]
-    assert len(html) < 2000 * 1600
+    assert len(html) < 2000 * 1216

@@ -135,7 +135,7 @@ def test_a_stack_is_judged_whole_and_by_layer(stack, report):
 
 
 def test_a_layer_alone_is_what_its_own_report_says(stack, report, no_page):
-    for layer in (0, 3):
+    for layer in (0,):
         alone = evaluate(str(stack / f"layer={layer}"))
         for key, other in (("fvu", "fvu"), ("ce_spliced", "ce_spliced"), ("ce_zero", "ce_zero"), ("ce_mean", "ce_mean")):
             assert report[f"layer_{key}"][layer] == pytest.approx(alone[other], rel=1e-5), key
@@ -155,8 +155,8 @@ def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack
                 getattr(single, name).copy_(getattr(clt, name)[layer])
             single.W_dec.copy_(clt.W_dec[layer][:, :128])
             save(single, tmp_path / "stack" / str(layer), READS[layer : layer + 1], WRITES[layer : layer + 1])
-    whole = evaluate(save(clt, tmp_path / "clt", READS, WRITES))
-    parts = evaluate(str(tmp_path / "stack"))
+    whole = evaluate(save(clt, tmp_path / "clt", READS, WRITES), tokens=400)
+    parts = evaluate(str(tmp_path / "stack"), tokens=400)
     assert whole["kind"] == "cross_layer_transcoder"
     for key, value in parts.items():
         if isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float)):

@@ -210,6 +210,15 @@ def test_the_golden_one_across_layers_too():
     torch.testing.assert_close(d(x), y, rtol=1e-5, atol=1e-5)
 
 
+def test_the_golden_crosscoder_too():
+    folder = next((GOLDEN / "gemma_scope_2_crosscoder").rglob("expected.safetensors")).parent
+    expected, read = load_file(folder / "expected.safetensors"), read_dictionary(folder)
+    x, y = (expected[key].transpose(0, 1).flatten(1) for key in "xy")
+    torch.testing.assert_close(read.dictionary(x), y, rtol=1e-5, atol=1e-5)
+    hooks = [f"model.layers.{layer}:out" for layer in (7, 13, 22)]
+    assert (read.provenance["hooks_in"], read.provenance["hooks_out"]) == (hooks, hooks)
+
+
 def test_a_repository_of_several_is_told_apart_by_what_they_write(tmp_path):
     for layer in (2, 11):
         archive(tmp_path / "gemma-scope-2b-pt-res" / f"layer_{layer}" / "width_16k" / "average_l0_9", parameters(seed=layer))

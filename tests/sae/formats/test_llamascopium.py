@@ -1,6 +1,10 @@
-"""llamascopium, and Llama Scope R1-Distill: files built after their layout against the equation written out in NumPy."""
+"""llamascopium, and Llama Scope R1-Distill: files built after their layout against the equation written out in NumPy.
+
+Golden ones are crosscoders that the library wrote: tests/parity/reference_formats_llamascopium.py.
+"""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,6 +282,7 @@ def test_damaged_layers_are_named(changes, says, tmp_path):
 
 # Crosscoders.
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "llamascopium"
 SITES = [f"blocks.{layer}.hook_resid_post" for layer in (2, 5, 9)]
 
 
@@ -326,6 +331,20 @@ def test_a_crosscoder_computes_what_the_library_does(tmp_path, act_fn, how):
     assert all(torch.equal(a, b) for a, b in zip(again(list(x)), ours(list(x)), strict=True))
     with pytest.raises(ValueError, match="got a crosscoder, which no format that is written can hold"):
         write_dictionary(ours, tmp_path / "theirs", "saelens")
+
+
+@pytest.mark.parametrize("case", ["relu", "relu_folded", "topk", "jumprelu"])
+def test_crosscoders_that_the_library_wrote_give_its_outputs(case):
+    folder = GOLDEN / f"crosscoder_{case}"
+    # Their files do not name the model, which tells what their hooks are.
+    options = ReadOptions(model="meta-llama/Llama-3.1-8B")
+    expected, read = load_file(folder / "expected.safetensors"), read_dictionary(folder, options=options)
+    (ours,) = read.dictionaries.values()
+    assert isinstance(ours, Crosscoder)
+    assert ours.names == tuple(f"model.layers.{n}:out" for n in (2, 5, 9))
+    x = list(expected["x"].unbind(1))
+    torch.testing.assert_close(torch.stack(ours(x), dim=1), expected["y"], rtol=1e-5, atol=1e-4)
+    assert torch.equal(ours.encode(x).to_dense(ours.n_latents) != 0, expected["fires"])
 
 
 @pytest.mark.parametrize(

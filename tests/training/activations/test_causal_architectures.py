@@ -93,10 +93,7 @@ def test_few_architectures_cannot_be_built(tiny):
 
 # Of each kind of model some: attention of several kinds, experts, hybrids, state spaces, towers that see, blocks whose parts
 # lie elsewhere, and those whose blocks hold other shapes. The others are a sweep of their own.
-SAMPLE = (
-    "bart bert bloom cpmant deepseek_v3 falcon_h1 gemma3n_text gpt2 gpt_neox gpt_oss jamba llama mamba mixtral mllama "
-    "prophetnet qwen3_5 reformer rwkv xlm"
-).split()
+SAMPLE = "bart cpmant falcon_h1 gpt2 llama mamba mixtral mllama xlm".split()
 
 
 @pytest.mark.parametrize("kind", sorted({*SAMPLE} & {*kinds()}))

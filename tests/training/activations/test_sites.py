@@ -56,7 +56,7 @@ def test_every_site_holds_the_tensors_the_block_reads_and_writes(name):
     layer = 1
     assert n_layers(model.module) == 3
     hooks = {site: site_hooks(model.module, layer, site) for site in sites_of(model.module)}
-    assert set(SITES) - set(hooks) == ({"resid_mid"} if name in PARALLEL else set())
+    assert set(SITES) - set(hooks) == ({"resid_mid", "router"} if name in PARALLEL else {"router"})
     assert all(one == other for site, (one, other) in hooks.items() if site not in TWO_SIDED)
     assert hooks["mlp"] == (hooks["mlp_in"][0], hooks["mlp_out"][0])
     seen = model.activations(torch.randint(3, 41, (2, 7)), tuple({hook for pair in hooks.values() for hook in pair}))

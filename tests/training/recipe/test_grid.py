@@ -110,7 +110,7 @@ def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
     first, second = values["harvest"]["hooks"]
     gradient = {"name": "gradient_topk", "k": 5, "beta": 2.0}
     changes = [{"dictionary.hook": first}, {"dictionary.hook": first, "dictionary.encoder": gradient}]
-    recipes = members(values | {"tokens": 1515}, [*changes, {"dictionary.hook": second, "seed": 1}])
+    recipes = members(values | {"tokens": 505}, [*changes, {"dictionary.hook": second, "seed": 1}])
     for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
@@ -130,7 +130,7 @@ def test_straight_from_the_model_members_may_differ_in_seed_and_hook(values, tmp
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": gradients}
     first, second = values["harvest"]["hooks"]
     recipes = members(
-        values | {"tokens": 1010},
+        values | {"tokens": 505},
         [{"dictionary.hook": first}, {"dictionary.hook": first, "seed": 1}, {"dictionary.hook": second}],
     )
     for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
@@ -148,7 +148,7 @@ def test_end_to_end_and_reconstruction_share_a_model(values, tmp_path):
 def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     # Moments rest on the first buffer, which is kept; more of it every stream would read for itself.
-    values |= {"calibration_tokens": 100, "tokens": 1515}
+    values |= {"calibration_tokens": 100, "tokens": 1010}
     rows_of, seen = live.rows_of, []
 
     def counted(model, batch, section, hooks):
@@ -170,7 +170,7 @@ def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
         return terms
 
     monkeypatch.setattr(loop_module, "step", watched)
-    train_all(resolve_recipes(members(values | {"tokens": 1010}, FAMILIES)), rows)
+    train_all(resolve_recipes(members(values | {"tokens": 404}, FAMILIES)), rows)
 
 
 def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
@@ -189,7 +189,7 @@ def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     run_harvest(resolve_recipe(check_recipe(values, "recipe")))
     monkeypatch.setattr(StoreStream, "rows_at", counted)
     changes = {"dictionary.encoder.k": [2, 3], "lr": [1e-3, 2e-3], "seed": [0, 1]}
-    train_all(resolve_recipes(members(values | {"tokens": 1515}, changes)))
+    train_all(resolve_recipes(members(values | {"tokens": 505}, changes)))
     assert len(set(seen)) == len(seen)
     assert {seed for _, seed, _ in seen} == {0, 1}
 

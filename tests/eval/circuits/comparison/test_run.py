@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 
 import sparsary
 from sparsary.eval.circuits.comparison import run
@@ -39,6 +40,39 @@ def test_every_two_circuits_are_compared_and_every_one_is_run_on_every_task(comp
     same = next(row for row in compared["overlaps"] if (row["a"], row["b"]) == (names[0], names[1]))
     assert same["jaccard"] == same["spearman"] == same["share_of_smaller"] == 1.0
     assert [(row["a"], row["b"]) for row in compared["repairs"]] == [tuple(f"{task}, tuned" for task in TASKS)]
+
+
+@pytest.fixture(scope="module")
+def of_latents(tmp_path_factory):
+    """Latents of a checkpoint, and edges, on two tasks."""
+    folder = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    dictionary = sparsary.SAE(128, 40, sparsary.ENCODERS["topk"](k=6))
+    dictionary.save(folder, {"model": {"id": "embedded"}, "hook": "transformer.h.1:out"})
+    settings = sparsary.CircuitSettings(tasks=TASKS, methods=("attribution",), pairs=12, random_circuits=2, edges=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "mlp_neurons", lambda model: [])
+        return str(folder), compare_circuits([folder], settings, repairs=[TASKS])
+
+
+def test_latents_of_a_checkpoint_and_edges_are_compared_too(of_latents):
+    folder, found = of_latents
+    latents = f"{folder}: latents"
+    assert {row["family"] for row in found["overlaps"]} == {"heads and MLPs", latents, "edges"}
+    assert not found["refused"]
+    units = {row["family"]: row["units"] for row in found["tasks_scored"]}
+    # Latents, and the error as a node.
+    assert units[latents] == 41
+    assert units["edges"] > units["heads and MLPs"]
+    row = next(row for row in found["overlaps"] if row["family"] == "edges")
+    assert 0 <= row["floor"] < row["jaccard"] <= 1
+    assert all(row["unit"].startswith("transformer.h.1:out/") for row in found["shared"] if row["family"] == latents)
+    assert any("->" in row["unit"] for row in found["shared"] if row["family"] == "edges")
+    repaired = {row["family"]: row for row in found["repairs"]}
+    assert repaired["edges"]["refused"] == "edges have no activations of their own"
+    html = found.page.read_text(encoding="utf-8")
+    assert "--edges --random-circuits 2 --compare" in html.replace("\n", " ")
+    assert "edges have no activations of their own" in html
 
 
 def test_methods_without_scores_of_single_pairs_are_refused_with_a_reason(compared):

@@ -116,13 +116,13 @@ def test_a_dictionary_of_the_nonlinear_error_trains_on_tensors(sae, tmp_path):
     assert (train_recipe(resolve_recipe(check_recipe(values, "recipe")), tensors) / "dictionary.safetensors").exists()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ground(embedded_model):
     exclusions = HarvestSection(hooks=(BEFORE, HOOK), tokens=1, exclude_leading=2)
     return EvalData(embedded_model, TextSection(source="embedded", context_length=64), exclusions)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def judged(ground):
     torch.manual_seed(1)
     saes = {"a": SAE(128, 90, ENCODERS["topk"](k=8)), "b": SAE(128, 150, ENCODERS["topk"](k=8))}
