@@ -197,14 +197,18 @@ def _probe(
         list[str] | None,
         typer.Option(
             "--task",
-            help="factors, supervised, sparse_probing, scr, tpp or absorption; repeatable. Default: all that apply.",
+            help="factors, infomec, supervised, sparse_probing, scr, tpp or absorption; repeatable. Default: all that apply.",
         ),
     ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Labeled text (JSONL: text, label, optional spurious) instead of the embedded corpus.")
     ] = None,
+    factors: Annotated[
+        str | None,
+        typer.Option(help="Factors of tokens (JSONL: text, spans; or tokens, factors) for the first two tasks."),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/probing.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Number of tokens for factors and absorption.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Number of tokens for factors, infomec and absorption.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed for splits, prompts and resampling.")] = 0,
     *,
     options: "CheckpointOptions",
@@ -212,7 +216,7 @@ def _probe(
     """Evaluate latents against ground-truth labels of the text; write probing.json, probing.html and SAEBench result files."""
     from .probing.run import probe
 
-    found = probe(checkpoint, task, labels, out, tokens, seed, options)
+    found = probe(checkpoint, task, labels, out, tokens, seed, options, factor_file=factors)
     for head, rows in found.tables:
         print_table(head, rows)
         print()

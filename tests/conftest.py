@@ -202,7 +202,9 @@ def outlined_once():
             return build(section)
         key = section.model_dump_json()
         if key not in built:
-            built[key] = build(section)
+            model = built[key] = build(section)
+            # A pass of the model for every new set of hooks, not for every run.
+            model.widths = functools.cache(model.widths)
         return built[key]
 
     with pytest.MonkeyPatch.context() as patch:

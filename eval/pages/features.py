@@ -120,7 +120,9 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
         return shown + (masks if any(masks) else [])
 
     def effects(logits: dict[str, Any] | None) -> list[list[list[Any]]] | None:
-        return logits and [[[words(e["token"]), e["effect"]] for e in logits[side]] for side in ("promoted", "suppressed")]
+        if logits is None:
+            return None
+        return [[[words(e["token"]), e["effect"]] for e in logits[side]] for side in ("promoted", "suppressed")]
 
     return {
         "firings": record["firings"],

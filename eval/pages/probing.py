@@ -31,7 +31,8 @@ PLACES = {"end": "end", "s2": "S2", "names": "names", "all": "all positions"}
 ATTRIBUTES = {"io": "IO name", "s": "S name", "pos": "order"}
 SUFFICIENCY = re.compile(r"supervised_(end|s2|names|all)_(\w+)_sufficiency")
 EDIT = re.compile(r"supervised_edit_(io|s|pos)_(end|s2|names|all)_(\w+)")
-TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+TASKS = ("factors", "infomec", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+SOURCE = re.compile(r"infomec_source_(.+?)_(\w*explicitness|nmi(?:_floor)?|latents?|values|tokens|entropy_nats)")
 INCHES = (350 / 72, 270 / 72)
 # SCR and TPP: labels of the lines by a part of their keys, and of the vertical axes.
 SCORE = "score"
@@ -63,6 +64,7 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
             "encoder": encoder_label(found.get("encoder")),
             "checkpoint": found.get("checkpoint"),
             "labels": found.get("labels") or "embedded corpus",
+            "factors": found.get("factor_file"),
             "seed": found.get("seed"),
         },
         tiles=probing_tiles(found),
@@ -70,6 +72,8 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
         left_out={task.replace("_", " "): found.get(f"{task}_why") for task in TASKS if found.get(f"{task}_done") is False},
         warnings=dict.fromkeys(found[key] for key in ("scr_warning", "tpp_warning") if found.get(key)),
         families=factor_families(found),
+        sources=infomec_sources(found, features),
+        source_columns=SOURCE_COLUMNS,
         factor_columns=FACTOR_COLUMNS,
         factors=[_factor(row, features) for row in factors],
         sufficiency=_sufficiency(found),
@@ -87,6 +91,32 @@ FACTOR_COLUMNS = [
     Column("split", "split", None, definition("factors_split")),
     Column("absorbed", "absorption_fraction", None, definition("factors_absorption_fraction")),
 ]
+
+
+SOURCE_COLUMNS = [
+    Column("values", "values", None, "Values that occur often enough in both halves of the documents."),
+    Column("tokens", "tokens", None, "Tokens that have one of these values."),
+    Column("NMI", "nmi", max, definition("infomec_source_x_nmi")),
+    Column("floor", "nmi_floor", None, definition("infomec_source_x_nmi_floor")),
+    Column("latents", "latents", None, definition("infomec_source_x_latents")),
+    Column("explicit", "explicitness", max, definition("infomec_explicitness")),
+    Column("in activation", "activation_explicitness", max, definition("infomec_activation_explicitness")),
+]
+
+
+def infomec_sources(found: Results, features: str | None) -> list[Row]:
+    """Return a row for every source of InfoMEC, with its best latent."""
+    rows: dict[str, Row] = {}
+    for key, value in found.items():
+        if match := SOURCE.fullmatch(key):
+            rows.setdefault(match[1], {})[match[2]] = value
+    shown = []
+    for name, row in rows.items():
+        latent = row.get("latent")
+        href = f"{features}#{latent}" if features and isinstance(latent, int) else ""
+        cells = [_cell(row, column.key) for column in SOURCE_COLUMNS]
+        shown.append({"name": name, "latent": "" if latent is None else str(latent), "href": href, "cells": cells})
+    return shown
 
 
 def probing_tiles(found: Results) -> list[FigureTile]:

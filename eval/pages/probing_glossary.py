@@ -5,6 +5,7 @@ import re
 # Prefix of entries -> title of their section.
 SECTIONS = {
     "factors_": "Factors",
+    "infomec_": "InfoMEC",
     "supervised_": "Supervised features of indirect-object identification",
     "sparse_probing_": "Sparse probing",
     "scr_": "Spurious correlation removal",
@@ -17,6 +18,9 @@ TILES = (
     ("factors_latent_f1", "best latent F1", "mean over {factors_count} factors; a linear probe has {factors_probe_f1}"),
     ("factors_latent_found_08", "factors found", "fraction with a latent of F1 0.8 or more"),
     ("factors_absorption_fraction", "absorption", "mean over {factors_absorption_count} factors"),
+    ("infomec_modularity", "modularity", "mean over {infomec_latents} latents that tell anything of {infomec_sources} factors"),
+    ("infomec_matched_compactness", "compactness", "over the latents that match a value; over all {infomec_compactness}"),
+    ("infomec_explicitness", "explicitness", "of the activation itself {infomec_activation_explicitness}"),
     ("supervised_all_latents_sufficiency", "sufficiency", "of reconstructions, indirect-object task"),
     ("supervised_all_latents_necessity", "necessity", "of reconstructions, indirect-object task"),
     (
@@ -55,6 +59,39 @@ PATTERNS = (
         "mean over factors with a probe F1 of 0.6 or more.",
     ),
     (r"factors_full_absorption", "Fraction of tokens of a factor where one other latent stands in for its silent own latents."),
+    (
+        r"infomec_modularity",
+        "InfoM: mean over latents of the largest fraction that one factor has of all that the latent tells of factors; 0 if "
+        "all factors are equal, 1 if it tells of one factor only.",
+    ),
+    (
+        r"infomec_compactness",
+        "InfoC: mean over factors of the largest fraction that one latent has of all that latents tell of the factor; close "
+        "to 0 where many rare latents share a factor.",
+    ),
+    (r"infomec_matched_compactness", "InfoC over the latents alone that detect one of the factors' values best."),
+    (
+        r"infomec_explicitness|infomec_source_.+?_explicitness",
+        "InfoE: fraction of a factor's entropy that a multinomial logistic regression on all latents explains on other "
+        "documents; mean over factors.",
+    ),
+    (r"infomec_(?:source_.+?_)?activation_explicitness", "The same from the activation instead of the latents."),
+    (r"infomec_latents", "Latents that tell more of a factor than chance."),
+    (r"infomec_sources", "Factors with two frequent values or more."),
+    (r"infomec_tokens", "Tokens whose factors are known."),
+    (r"infomec_source_.+?_latents", "Latents that tell more of this factor than the floor."),
+    (r"infomec_source_.+?_latent", "Latent with the largest NMI."),
+    (
+        r"infomec_source_.+?_nmi_floor",
+        "Largest NMI of any latent with the factor shifted along the tokens, five times: what chance reaches.",
+    ),
+    (
+        r"infomec_source_.+?_nmi",
+        "Normalized mutual information: bits that the best latent's activation tells of the factor's value, as a fraction of "
+        "its entropy.",
+    ),
+    (r"infomec_source_.+?_(?:values|tokens)", "Values of the factor that are frequent enough, and tokens that have one."),
+    (r"infomec_source_.+?_entropy_nats", "Entropy of the factor's values in nats."),
     (
         r"supervised_\w+_sufficiency",
         "Logit difference that is left with reconstructions in place of the activation, as a fraction: 1 "

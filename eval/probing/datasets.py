@@ -1,7 +1,7 @@
 """Labelled tokens and texts for probing."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from .subject import ProbeTarget
 
 BATCH_CONTEXTS = 16
 
+# Names of a token's binary factors, as ``factor=value``.
+NameFactors = Callable[[corpus.Factors], list[str]]
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """Held-out tokens of the embedded corpus: activations, documents and factors."""
+    """Tokens with known factors: activations, documents and factors."""
 
     x: np.ndarray  # (tokens, d_in)
     neurons: np.ndarray | None  # (tokens, n_neurons)
@@ -73,7 +76,7 @@ def no_factors(model: str, text: str) -> ValueError:
     """Return the error for a model and a source of text whose factors are not known."""
     return ValueError(
         f"--task: the factors behind {model} on {text} text are not known. This needs a dictionary trained on the embedded "
-        "model and corpus; give labelled text with --labels FILE instead."
+        "model and corpus; give labelled text with --labels FILE, or the factors of every token with --factors FILE, instead."
     )
 
 

@@ -1,4 +1,4 @@
-"""Detection of the embedded corpus's known factors by single latents, neurons, dimensions and linear probes."""
+"""Detection of known factors by single latents, neurons, dimensions and linear probes."""
 
 import math
 from collections import defaultdict
@@ -13,7 +13,7 @@ from ...training.embedded import lexicon
 from ...training.embedded.corpus import Factors
 from ..bootstrap import bootstrap_f1, interval
 from .absorption import absorbed
-from .datasets import Tokens, embedded_tokens, halves
+from .datasets import NameFactors, Tokens, embedded_tokens, halves
 from .probes import (
     LinearProbe,
     ProbeInputs,
@@ -73,14 +73,19 @@ class FactorLabels:
         return [name.partition("=")[0] for name in self.names]
 
 
-def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least: int = LEAST_POSITIVES) -> FactorLabels:
+def labels_of(
+    factors: list[Factors],
+    fitted: Bool[np.ndarray, " tokens"],
+    least: int = LEAST_POSITIVES,
+    named: NameFactors = names_of,
+) -> FactorLabels:
     """Return the binary factors with at least ``least`` positive and negative tokens in each half."""
     where: dict[str, list[int]] = defaultdict(list)
     cache: dict[tuple, list[str]] = {}
     for token, known in enumerate(factors):
         key = tuple(known.items())
         if key not in cache:
-            cache[key] = names_of(known)
+            cache[key] = named(known)
         for name in cache[key]:
             where[name].append(token)
     names, columns = [], []
@@ -95,14 +100,23 @@ def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least
 
 
 def factor_scores(
-    subject: ProbeTarget, tokens: int = DEFAULT_TOKENS, seed: int = 0
+    subject: ProbeTarget,
+    tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
+    known: Tokens | None = None,
+    named: NameFactors = names_of,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a flat summary and one row per factor; detectors are selected on half of the documents and scored on the rest.
+
+    Args:
+        tokens: Number of tokens to read of the embedded corpus.
+        known: Tokens with factors, in place of the embedded corpus.
+        named: Names of the factors of such a token.
 
     Raises:
         ValueError: If the factors are not known, or no factor is frequent enough to be scored.
     """
-    known = embedded_tokens(subject, tokens)
+    known = embedded_tokens(subject, tokens) if known is None else known
     codes = sparse_codes(subject, known.x)
     dictionary = subject.dictionary
     writes, bias = None, None
@@ -110,7 +124,7 @@ def factor_scores(
         scale = dictionary.out_scale
         writes = (dictionary.atoms * scale[..., None] if scale.ndim else dictionary.atoms * scale).detach().cpu().numpy()
         bias = (dictionary.bypass() * scale).detach().cpu().numpy()
-    return score_factors(known, codes, writes, bias, seed)
+    return score_factors(known, codes, writes, bias, seed, named=named)
 
 
 def score_factors(
@@ -120,10 +134,11 @@ def score_factors(
     bias: np.ndarray | None,
     seed: int = 0,
     least: int = LEAST_POSITIVES,
+    named: NameFactors = names_of,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score factors from activations and codes; absorption also needs the decoder ``(n_latents, d)`` and its bias ``(d,)``."""
     fitted = halves(known.documents, seed)
-    labels = labels_of(known.factors, fitted, least)
+    labels = labels_of(known.factors, fitted, least, named)
     if not labels.names:
         raise ValueError(
             f"--tokens: expected a factor that occurs {least} times in each half of the documents, got none in "

@@ -1,5 +1,6 @@
 """Probing tasks of ``sparsary probe``: latents scored against known properties of the text, and the result files."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,21 +17,24 @@ from ..checkpoint import of_one_model, open_checkpoint, with_model
 from ..pages.render import FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
-from .datasets import Labelled, Pooled, no_factors, pool, read_labelled
+from .datasets import Labelled, NameFactors, Pooled, Tokens, embedded_tokens, no_factors, pool, read_labelled
+from .factor_file import read_factors, tokens_of_file, value_names
+from .infomec import infomec, infomec_table
 from .ioi import score as supervised
 from .saebench.absorption import ABSORPTION_TOKENS, absorption
 from .saebench.datasets import embedded_data
 from .saebench.output import SaebenchResult, result_file
 from .saebench.scr_tpp import scr, tpp
 from .saebench.sparse_probing import sparse_probing
-from .subject import ProbeTarget, factors_known, probe_source, probe_target
+from .subject import ProbeTarget, factors_known, probe_source, probe_target, sparse_codes
 
 if TYPE_CHECKING:
     import pandas
 
 PROBING_VERSION = 1
-TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
-# Tasks that read ``labels``; of the other two one uses the embedded corpus, one generated prompts.
+TASKS = ("factors", "infomec", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+# Tasks that need the factors of every token, and those that read ``labels``; the other generates prompts.
+OF_TOKENS = ("factors", "infomec")
 LABELLED = ("sparse_probing", "scr", "tpp", "absorption")
 NO_LABELS = "--labels: expected a JSONL file of labelled text: only the embedded corpus comes with labels of its own."
 
@@ -68,6 +72,7 @@ def probe(
     options: CheckpointOptions = NO_OPTIONS,
     model: LanguageModel | Any = None,
     tokenizer: Any = None,
+    factor_file: str | Path | None = None,
 ) -> ProbingResults:
     """Run probing tasks on a checkpoint; write ``probing.json``, ``probing.html`` and one result file per task.
 
@@ -75,8 +80,11 @@ def probe(
         tasks: Names from ``TASKS``. Default: every task that can run; the report gives the reason for each one left out.
         labels: JSONL file of labelled text for the last four tasks, instead of the embedded corpus.
         out: Output folder. Default: ``CHECKPOINT/probing``.
-        tokens: Number of tokens for ``factors`` and ``absorption``, instead of their defaults.
+        tokens: Number of tokens for ``factors``, ``infomec`` and ``absorption``, instead of their defaults.
         model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
+        factor_file: JSONL file with the factors of tokens for the first two tasks, instead of the embedded corpus: lines
+            ``{"text": ..., "spans": [{"start": 0, "end": 4, "factors": {...}}]}``, or
+            ``{"tokens": [...], "factors": [{...}, ...]}``.
 
     Raises:
         ValueError: If a task is unknown, or a requested task cannot run on this checkpoint or text.
@@ -92,7 +100,7 @@ def probe(
     dictionary, source = probe_source(opened)
     if tasks and not factors_known(source):
         # Before the model, which takes longer.
-        _require_labels(wanted, data, source)
+        _require_labels(wanted, data, source, factor_file)
     subject = probe_target(dictionary, load_model(ModelSection.model_validate(source["model"])), source)
     target = Path(out) if out is not None else opened.results / "probing"
     report = Report(
@@ -104,6 +112,7 @@ def probe(
             "hook": subject.hook,
             "model": subject.model.id,
             "labels": None if labels is None else str(labels),
+            "factor_file": None if factor_file is None else str(factor_file),
             "seed": seed,
         }
     )
@@ -118,8 +127,18 @@ def probe(
             pooled.extend(pool(subject, one) for one in some)
         return pooled
 
+    labelled = None if factor_file is None else read_factors(factor_file, subject.model.tokenizer)
+
+    @functools.cache
+    def known() -> tuple[Tokens, NameFactors]:
+        wished = tokens or factors.DEFAULT_TOKENS
+        if labelled is None:
+            return embedded_tokens(subject, wished), factors.names_of
+        return tokens_of_file(subject, labelled, wished), value_names
+
     runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "factors": lambda: _factors(subject, tokens, seed, found, target),
+        "factors": lambda: _factors(subject, *known(), seed, found, target),
+        "infomec": lambda: _infomec(subject, *known(), seed, found),
         "supervised": lambda: _supervised(subject, seed, found, target),
         "sparse_probing": lambda: _benchmark("sparse_probing", sparse_probing(subject, texts(), seed), subject, found),
         "scr": lambda: _benchmark("scr", scr(subject, texts(), seed), subject, found),
@@ -157,20 +176,30 @@ def require_tasks(tasks: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task in wanted)
 
 
-def _require_labels(tasks: Iterable[str], data: Labelled | None, source: dict[str, Any]) -> None:
+def _require_labels(
+    tasks: Iterable[str], data: Labelled | None, source: dict[str, Any], factor_file: str | Path | None
+) -> None:
     """Raise ``ValueError`` if one of the tasks needs labels of texts or tokens that nobody knows."""
     for task in tasks:
-        if task == "factors":
+        if task in OF_TOKENS and factor_file is None:
             raise no_factors(source["model"]["id"], TextSection.model_validate(source["text"]).source)
         if task in LABELLED and data is None:
             raise ValueError(NO_LABELS)
 
 
-def _factors(subject: ProbeTarget, tokens: int | None, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:
-    report, rows = factors.factor_scores(subject, tokens or factors.DEFAULT_TOKENS, seed)
+def _factors(
+    subject: ProbeTarget, known: Tokens, named: NameFactors, seed: int, found: ProbingResults, target: Path
+) -> dict[str, Any]:
+    report, rows = factors.factor_scores(subject, seed=seed, known=known, named=named)
     _write_lines(target / "factors.jsonl", rows)
     found.tables.append(factors.factors_table(report, rows))
     return report | {FACTORS_DIGEST: file_crc32(target / "factors.jsonl")}
+
+
+def _infomec(subject: ProbeTarget, known: Tokens, named: NameFactors, seed: int, found: ProbingResults) -> dict[str, Any]:
+    report, rows = infomec(known, sparse_codes(subject, known.x), named, seed)
+    found.tables.append(infomec_table(rows))
+    return report
 
 
 def _supervised(subject: ProbeTarget, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..suggestions import require_choice
 from .base import Format, Read, ReadOptions, require_keys, require_shape
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
-from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms, norms_of
+from .folding import fold_all, fold_b_in, fold_b_out_in, fold_equal_norms, fold_norms, norms_of
 from .hooks import layer_of, to_module
 from .origin import config_above, hooks_from_files, model_of, originated, public_model, source_config
 from .torch_files import CONFIGS, torch_names, values_of, write_torch
@@ -304,6 +304,7 @@ def _written(n: CanonicalSAE) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     if n.gate.by_norm or (n.gate.name == "relu" and bool(((norms_of(n.W_dec) - 1).abs() > 1e-6).any())):
         # The library normalizes an AutoEncoder's decoder when it loads one.
         n = fold_norms(n)
+    n = fold_equal_norms(n)
     level = n.gate.threshold
     per_latent = level is not None and bool((level != level.reshape(-1)[0]).any())
     if level is not None and (per_latent or not isinstance(k, int)):

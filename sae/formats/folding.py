@@ -83,6 +83,26 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
     )
 
 
+def fold_equal_norms(n: CanonicalSAE) -> CanonicalSAE:
+    """Normalize decoder directions if their norms are all equal, which changes no ranking; return others as they are.
+
+    Trainers of other libraries keep directions at norm 1: those of another norm would change the function at their first step.
+    """
+    if n.W_enc is None or n.b_enc is None or not equal_norms(n.W_dec):
+        return n
+    # One factor for all, so that a threshold that all latents share stays one.
+    norm = norms_of(n.W_dec).mean()
+    if float((norm - 1).abs()) < EQUAL:
+        return n
+    gate = n.gate
+    if gate.threshold is not None and not gate.by_norm:
+        gate = replace(gate, threshold=gate.threshold * norm)
+    if gate.b_mag is not None:
+        gate = replace(gate, b_mag=gate.b_mag * norm)
+    weights = {"W_enc": n.W_enc * norm, "b_enc": n.b_enc * norm, "W_dec": n.W_dec / norm}
+    return n.noting("decoder norm folded into the encoder", gate=gate, **weights)
+
+
 def fold_norm_into_threshold(n: CanonicalSAE) -> CanonicalSAE:
     """Convert thresholds on norm-weighted pre-activations to unweighted ones: ``p n_i > theta`` is ``p > theta / n_i``.
 

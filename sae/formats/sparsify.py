@@ -17,7 +17,7 @@ from ..files import write_json, write_tensors
 from .base import Read, ReadOptions, SetFormat, require_keys, require_shape
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
-from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms
+from .folding import fold_all, fold_b_in, fold_b_out_in, fold_equal_norms, fold_norms
 from .hooks import ARCHITECTURES, architecture_of
 from .origin import config_above, hooks_from_files, model_of, originated, public_model
 
@@ -301,6 +301,5 @@ def _prepared(n: CanonicalSAE) -> CanonicalSAE:
     if n.d_in != n.d_out:
         raise ValueError(f"sparsify: expected d_out = d_in = {n.d_in}, as the format has one width, got d_out = {n.d_out}.")
     n = fold_all(n)
-    if n.gate.by_norm:
-        n = fold_norms(n)
+    n = fold_norms(n) if n.gate.by_norm else fold_equal_norms(n)
     return fold_b_out_in(n) if n.kind == "sae" else fold_b_in(n)

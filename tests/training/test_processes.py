@@ -53,6 +53,13 @@ def on_ranks(processes, directory, recipes):
     return [directory / str(number) for number in range(len(recipes))]
 
 
+def worker():
+    spec = importlib.util.spec_from_file_location("train_on_ranks", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def run_ranks(load_beside, embedded_model):
     """Return the function that forks ranks from a server, which imports what is imported here: the model's libraries too."""
@@ -61,10 +68,7 @@ def run_ranks(load_beside, embedded_model):
 
 @pytest.fixture(scope="module")
 def activations():
-    spec = importlib.util.spec_from_file_location("train_on_ranks", WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.activations()
+    return worker().activations()
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,25 @@ def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, run_rank
         assert run_ranks(processes, TRAINED, {"worker": str(WORKER), "runs": runs}) == [0] * processes
     for spec, directory in zip(specs, found, strict=True):
         assert_same_run(alone(encoder_specs.spec_id(spec)), directory)
+
+
+# Encoders of crosscoders; their two sites are the activations, and the same in another order of columns.
+CROSSCODED = ("topk", "batch_topk", "jumprelu", "relu")
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_several_processes_train_crosscoders_as_one(activations, encoder_specs, tmp_path, latents):
+    section = {"kind": "crosscoder", "hook": None, "hooks": ["a:out", "b:out"]}
+    runs = []
+    for spec in encoder_specs.STARTED:
+        if spec["name"] in CROSSCODED and (latents == 1 or spec in encoder_specs.DIVIDED):
+            values = recipe(spec, latents, harvest={})
+            runs.append(values | {"dictionary": values["dictionary"] | section})
+    assert len(runs) > 1
+    x = worker().side_by_side(activations[0])
+    for number, (values, directory) in enumerate(zip(runs, on_ranks(2, tmp_path, runs), strict=True)):
+        one = sparsary.train(values | {"distributed": {"latents": 1}}, [x], out_dir=str(tmp_path / f"one{number}"))
+        assert_same_run(one, directory)
 
 
 def test_a_run_continues_on_another_mesh(activations, tmp_path):
@@ -176,6 +199,22 @@ LIVE = {
         "harvest": {"hooks": []},
         "dictionary": LAYERS | {"joint": True},
         "distributed": {"latents": 2},
+    },
+    "crosscoder, latents": {
+        "harvest": {"hooks": []},
+        "dictionary": {
+            "kind": "crosscoder",
+            "hook": None,
+            "hooks": ["transformer.h.0:out", HOOK, "transformer.h.2.mlp.c_proj:in"],
+            "encoder": {"name": "batch_topk", "k": 4},
+        },
+        "distributed": {"latents": 2},
+    },
+    # The second model with another hook stands for a tuned one.
+    "crosscoder of two models": {
+        "models": ["embedded", "embedded"],
+        "harvest": {"hooks": []},
+        "dictionary": {"kind": "crosscoder", "hook": None, "hooks": [HOOK, "transformer.h.2:out"]},
     },
     "kl, latents": {"objective": "kl", "distributed": {"latents": 2}},
     "kl of prefixes": {"objective": "kl", "dictionary": {"encoder": {"name": "matryoshka", "k": 4}}},

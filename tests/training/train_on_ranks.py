@@ -22,7 +22,14 @@ def activations():
     return codes @ atoms + 0.05 * torch.randn(ROWS, D, generator=generator), torch.randn(ROWS, D, generator=generator)
 
 
+def side_by_side(x):
+    """Return the activations of a crosscoder's two sites: these, and the same in another order of columns."""
+    return torch.cat([x, 2 * x.flip(1)], dim=1)
+
+
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     for number, text in enumerate(sys.argv[2:]):
-        sparsary.train(json.loads(text), [activations()], out_dir=str(directory / str(number)))
+        recipe, (x, grad) = json.loads(text), activations()
+        given = side_by_side(x) if recipe["dictionary"].get("kind") == "crosscoder" else (x, grad)
+        sparsary.train(recipe, [given], out_dir=str(directory / str(number)))

@@ -155,13 +155,13 @@ async function show(i) {
     make('p', 'note', 'Bins are equal on a logarithmic scale.')));
   parts.push(card('Tokens it fires on', '', latent.tokens.length ? listed(latent.tokens, token) : none('none'),
     make('p', 'note', 'Fraction of its summed activation.')));
-  const effect = (title, logits, reason) => card(title, 'effect', logits ? make('div', 'pair',
-    make('div', '', make('h3', '', 'promoted'), listed(logits[0], token)),
-    make('div', '', make('h3', '', 'suppressed'), listed(logits[1], token))) : none(reason));
-  // Of a crosscoder of two models: what it writes to each.
-  const models = latent.base !== undefined;
-  if (models) parts.push(effect('Direct effect on logits, base model', latent.base, latent.reasons.logits_base));
-  parts.push(effect('Direct effect on logits' + (models ? ', tuned model' : ''), latent.logits, latent.reasons.logits));
+  // A crosscoder of two models writes to both.
+  const both = latent.base !== undefined;
+  const sides = (logits, reason, of) => logits ? ['promoted', 'suppressed'].map((name, j) =>
+    make('div', '', make('h3', '', name + of), listed(logits[j], token))) : [none(reason)];
+  parts.push(card('Direct effect on logits', both ? 'wide' : 'effect', make('div', both ? 'pair four' : 'pair',
+    ...(both ? sides(latent.base, latent.reasons.logits_base, ', base model') : []),
+    ...sides(latent.logits, latent.reasons.logits, both ? ', tuned model' : ''))));
   const near = make('div', 'pair four');
   for (const title in latent.near) near.append(make('div', '', make('h3', '', title),
     latent.near[title].length ? listed(latent.near[title], other => {

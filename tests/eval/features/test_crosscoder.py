@@ -61,4 +61,4 @@ def test_a_crosscoder_of_two_models_has_the_logits_of_both(tmp_path, embedded_mo
     assert found["models"] == ["embedded", "embedded"]
     page = (tmp_path / "features" / "features.html").read_text()
     assert "embedded and embedded" in page
-    assert "Direct effect on logits, base model" in page
+    assert "', base model'" in page

@@ -13,6 +13,7 @@ from sparsary.sae.formats.folding import (
     fold_all,
     fold_b_in,
     fold_b_out_in,
+    fold_equal_norms,
     fold_norm_into_threshold,
     fold_norms,
     fold_scale_in,
@@ -97,6 +98,21 @@ def test_folding_norms_changes_nothing(gate, by_norm, norm, dtype):
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-6, atol=1e-6)
     assert not folded.gate.by_norm
     assert folded.done == ("decoder norms folded into the encoder",)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_equal_norms_become_one_and_others_stay(gate):
+    """Trainers of other libraries keep directions at norm 1, and would change a function whose own have another norm."""
+    n, x = neutral(gate), inputs(torch.float64)
+    assert fold_equal_norms(n) is n
+    n = replace(n, W_dec=normalize(n.W_dec, dim=1) * 0.8)
+    folded = fold_equal_norms(n)
+    if gate == "pursuit":
+        assert folded is n
+        return
+    same(n, folded, x)
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(LATENTS, dtype=torch.float64))
+    assert fold_equal_norms(folded) is folded
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

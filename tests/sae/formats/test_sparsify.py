@@ -227,6 +227,9 @@ def test_families_that_keep_k_latents_have_a_counterpart(tmp_path):
             write_dictionary(d.eval(), folder, "sparsify", {"hook": "model.layers.2:out", "model": {"id": "Qwen/Qwen3-0.6B"}})
             assert json.loads((folder / "layers.2" / "cfg.json").read_text())["activation"] == activation
             torch.testing.assert_close(read_dictionary(folder).dictionary(x), d(x), rtol=1e-5, atol=1e-5)
+            # Its Trainer normalises them before the first step.
+            norms = load_file(folder / "layers.2" / "sae.safetensors")["W_dec"].norm(dim=1)
+            torch.testing.assert_close(norms, torch.ones(20))
 
 
 def test_transcoders_have_one_too(tmp_path):
