@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
 from .document_masks import DocumentMasks, Pass
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
-from .model_pair import EnoughSeen, hook_path, side_of
+from .model_pair import EnoughSeen, ModelPair, hook_path, side_of
 from .placement import input_device, is_spread, on_device
 from .routers import rerouted, routing
 
@@ -205,9 +205,13 @@ class HookedModel:
         path, _, side = hook.rpartition(":")
         modules = {hook_path(self.module, name): part for name, part in self.module.named_modules()}
         if path not in modules or not path or side not in ("in", "out"):
-            near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
+            # Of two models, the one that the hook names.
+            own = side_of(hook) if isinstance(self.module, ModelPair) else ""
+            names = [name for name in modules if not own or side_of(name) == own]
+            near = difflib.get_close_matches(path or hook, names, n=4, cutoff=0.0)
             choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)
-            raise HookError(f"hook {hook!r} does not exist in {self.id}. Nearest: {choices}.")
+            where = f"the {own} model" if own else self.id
+            raise HookError(f"hook {hook!r} does not exist in {where}. Nearest: {choices}.")
         return modules[path], side
 
 

@@ -65,6 +65,12 @@ def test_a_pass_gives_each_model_s_own_activations(pair, tuned_folder, embedded_
     torch.testing.assert_close(pair.logits(ids), embedded_model.logits(ids))
 
 
+def test_a_hook_that_one_model_lacks_is_refused_with_hooks_of_that_model(pair):
+    message = r"hook 'tuned/transformer\.h\.9:out' does not exist in the tuned model\. Nearest: (tuned/\S+,? ?){4}$"
+    with pytest.raises(ValueError, match=message):
+        pair.find("tuned/transformer.h.9:out")
+
+
 def test_each_model_is_loaded_up_to_its_own_last_hook(pair, tuned_folder):
     section = pair_of(tuned_folder)
     found = load_model_for(section, (BASE, TUNED), skeleton(section))
