@@ -1,7 +1,7 @@
 """Race from text to a trained SAE: sparsary, SAELens and sparsify on a GPT-2 small with random weights, one after the other.
 
     make peers
-    .venv/bin/python docs/studies/race.py --text TEXT.jsonl --tokenizer openai-community/gpt2 --tokens 1000000 --json race.json
+    .venv/bin/python docs/studies/race.py --text TEXT.jsonl --tokenizer openai-community/gpt2 --tokens 90112 --json race.json
 
 TopK, 24,576 latents, k 32, on the output of block 5 of 12; contexts of 128 tokens, steps of 2,048, one pass. The model is
 built from GPT-2's configuration and saved as a Hugging Face directory; TEXT.jsonl has a {"text": ...} per line, of which as
@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 RUNS = Path(__file__).with_name("race_runs.py")
 CONTEXT, BATCH, LATENTS, K, LAYER = 128, 2048, 24_576, 32, 5
 LIBRARIES = ("sparsary", "stored", "saelens", "sparsify")
+# Shuffle buffer of ours, half of its default, as a buffer is computed whole: give --tokens a little below a multiple of it.
+BUFFER = 32_768
 # Seconds between two looks at the files.
 PAUSE = 0.25
 
@@ -77,6 +79,7 @@ def recipe(work: Path, tokens: int, stored: bool) -> dict[str, Any]:
     """Return our recipe: the defaults, but every token of the text, as in the other libraries."""
     hook = f"transformer.h.{LAYER}:out"
     harvest: dict[str, Any] = {"hooks": [hook], "heldout": 0.0, "exclude_special": False, "exclude_leading": 0}
+    harvest["live_buffer_tokens"] = BUFFER
     if stored:
         harvest |= {"tokens": tokens, "store": "activations", "dtype": "int8"}
     return {
@@ -88,7 +91,7 @@ def recipe(work: Path, tokens: int, stored: bool) -> dict[str, Any]:
         "batch_tokens": BATCH,
         "lr_warmup_steps": max(1, tokens // BATCH // 10),
         # TopK has no thresholds; the scale is measured on the first buffer, which is computed anyway.
-        "calibration_tokens": min(tokens, 65_536),
+        "calibration_tokens": min(tokens, BUFFER),
         "out_dir": "sae",
     }
 

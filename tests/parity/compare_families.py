@@ -29,6 +29,7 @@ the loss between mean ablation and the unmodified model. ``peer_families.py`` sa
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,7 +205,8 @@ class Comparison:
         if library == OURS:
             outputs = outputs_here(case, case.recipe(family, knob, seed, self.work / "sae" / path.stem))
         else:
-            out = self.work / "outputs.safetensors"
+            # A file of this process, as another may train other families in the same folder.
+            out = self.work / f"outputs-{os.getpid()}.safetensors"
             # sparsify's own rate for its Signum: lr None.
             lr = None if variant.lr < 0 else variant.lr or case.lr
             record |= self.peers.train(
@@ -228,6 +230,7 @@ class Comparison:
                 }
             )
             outputs = load_file(out)
+            out.unlink()
         y = case.heldout.get("y", case.heldout["x"])
         running = RunningFvu(y.shape[1])
         running.update(y, outputs["y_hat"])

@@ -64,7 +64,7 @@ def test_a_benchmark_draws_them_into_its_page(tmp_path, monkeypatch):
     hook = "transformer.h.1:out"
     SAE(128, 24, ENCODERS["topk"](k=4)).save(tmp_path / "sae", {"model": {"id": "embedded"}, "hook": hook})
 
-    def few(model, several, token_ids, seed):
+    def few(model, several, token_ids, seed, wanted):
         return {"heads and MLPs": NodeSpace(model, components(model))}
 
     monkeypatch.setattr(benchmark, "spaces", few)
