@@ -43,7 +43,7 @@ def prepare(order: dict[str, Any]) -> None:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     work = Path(order["work"])
-    tokenizer = AutoTokenizer.from_pretrained(order["tokenizer"])
+    tokenizer = AutoTokenizer.from_pretrained(order["tokenizer"], trust_remote_code=False)
     texts = texts_of(order["text"])
     heldout, size = [], order["context"] - 1
     while texts and len(heldout) < JUDGED_CONTEXTS:
@@ -90,7 +90,7 @@ def saelens(order: dict[str, Any]) -> None:
         output_path="sae",
         verbose=False,
     )
-    text = load_dataset("json", data_files=str(work / "text.jsonl"), split="train", streaming=True)
+    text = load_dataset("json", data_files=str(work / "text.jsonl"), split="train", streaming=True, trust_remote_code=False)
     LanguageModelSAETrainingRunner(cfg, override_dataset=text).run()
 
 
@@ -102,9 +102,9 @@ def sparsify(order: dict[str, Any]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     work = Path(order["work"])
-    model = AutoModel.from_pretrained(work / "model")
-    text = load_dataset("json", data_files=str(work / "text.jsonl"), split="train")
-    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    model = AutoModel.from_pretrained(work / "model", trust_remote_code=False)
+    text = load_dataset("json", data_files=str(work / "text.jsonl"), split="train", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(work / "model", trust_remote_code=False)
     chunks = chunk_and_tokenize(text, tokenizer, max_seq_len=order["context"], num_proc=1)
     # The seed of its command line.
     chunks = chunks.shuffle(42).with_format("torch").select(range(order["tokens"] // order["context"]))
@@ -129,7 +129,7 @@ def judge(order: dict[str, Any], library: str) -> None:
 
     work = Path(order["work"])
     token_ids = torch.tensor(json.loads((work / "heldout.json").read_text()))
-    model = AutoModel.from_pretrained(work / "model").eval()
+    model = AutoModel.from_pretrained(work / "model", trust_remote_code=False).eval()
     # The first of the hidden states is the embedding.
     hidden = [model(ids, output_hidden_states=True).hidden_states[order["layer"] + 1] for ids in token_ids.split(16)]
     x = torch.cat(hidden)[:, 1:].flatten(0, 1)

@@ -23,10 +23,10 @@ TASKS = ("agreement_simple", "agreement_pp")
 def compared(tmp_path_factory):
     """Two tasks of the embedded model, against itself, in heads and MLPs."""
     out = tmp_path_factory.mktemp("compared")
-    settings = sparsary.CircuitSettings(tasks=TASKS, methods=("attribution", "random"), pairs=12, random_circuits=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "mlp_neurons", lambda model: [])
-        return compare_circuits(settings=settings, models=["embedded", "embedded"], repairs=[TASKS], out=out)
+    settings = sparsary.CircuitSettings(
+        tasks=TASKS, methods=("attribution", "random"), pairs=12, random_circuits=2, units=("components",)
+    )
+    return compare_circuits(settings=settings, models=["embedded", "embedded"], repairs=[TASKS], out=out)
 
 
 def test_every_two_circuits_are_compared_and_every_one_is_run_on_every_task(compared):
@@ -49,10 +49,10 @@ def of_latents(tmp_path_factory):
     torch.manual_seed(0)
     dictionary = sparsary.SAE(128, 40, sparsary.ENCODERS["topk"](k=6))
     dictionary.save(folder, {"model": {"id": "embedded"}, "hook": "transformer.h.1:out"})
-    settings = sparsary.CircuitSettings(tasks=TASKS, methods=("attribution",), pairs=12, random_circuits=2, edges=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "mlp_neurons", lambda model: [])
-        return str(folder), compare_circuits([folder], settings, repairs=[TASKS])
+    settings = sparsary.CircuitSettings(
+        tasks=TASKS, methods=("attribution",), pairs=12, random_circuits=2, edges=True, units=("components", "latents")
+    )
+    return str(folder), compare_circuits([folder], settings, repairs=[TASKS])
 
 
 def test_latents_of_a_checkpoint_and_edges_are_compared_too(of_latents):
