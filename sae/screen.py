@@ -1,13 +1,14 @@
 """Approximate top-k: a coarse int8 product finds candidate latents, and an exact one ranks only these."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from .break_even import break_even
 from .kernels import selection
 from .sparse_code import SparseCode
 from .tiled_scores import Scorer, Tile, largest_per_token, pick
@@ -23,6 +24,10 @@ MEASURE_TOKENS = 128
 LEVELS = 127
 # Scores are divided by the token's scale. For a token of zeros only biases remain, and they must stay finite.
 LEAST_SCALE = 1e-30
+# Tokens, width and latents of the products that are timed.
+TIMED = (256, 768, 1024)
+# Share that stands for products that take equally long.
+EQUALLY_FAST = 0.25
 
 
 class Screen:
@@ -32,10 +37,14 @@ class Screen:
     positive scores that are found, is measured on random tokens of every 50th batch; the first tokens of a batch could all be
     from one document or one context position. If it is below ``floor``, the number of candidates is raised, and finally
     selection becomes exact for the rest of the run.
+
+    Args:
+        if_faster: Select exactly where int8 products are not clearly faster than those of the inputs' precision, measured
+            once: on CPUs without instructions for them (AVX2 alone) they take more than twenty times as long.
     """
 
-    def __init__(self, kind: Literal["int8"], floor: float, device: torch.device | str = "cpu"):
-        self.kind, self.floor = kind, floor
+    def __init__(self, kind: Literal["int8"], floor: float, device: torch.device | str = "cpu", if_faster: bool = False):
+        self.kind, self.floor, self.if_faster = kind, floor, if_faster
         self.recall = torch.ones((), device=device)
         self.batches = 0
         # Index into CANDIDATES; past its end the selection is exact.
@@ -53,6 +62,10 @@ class Screen:
     def largest_per_token(self, scorer: Scorer, k: int) -> SparseCode:
         """Return each token's ``k`` largest scores, except those the coarse product misses; values are exact."""
         self.batches += 1
+        if self.if_faster and not int8_is_faster(scorer.W):
+            if self.batches == 1:
+                log.warning("screen: int8 products are slow on this device, so selection is exact. Leave out screen.")
+            return largest_per_token(scorer.tiles(), k)
         if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W) or not can_multiply(scorer):
             self.recall = torch.ones_like(self.recall)
             return largest_per_token(scorer.tiles(), k)
@@ -87,6 +100,25 @@ class Screen:
             self.stage += 1
             then = "exact selection" if self.stage == len(CANDIDATES) else f"{CANDIDATES[self.stage]} candidates each"
             log.warning("screen: recall %.4f is below screen_floor %.4f; from now on %s.", float(self.recall), self.floor, then)
+
+
+def int8_is_faster(W: Tensor) -> bool:
+    """Return True if an int8 product takes about two thirds of the time or less of one in the precision of ``W``."""
+    tokens, d, n_latents = TIMED
+    name = f"int8 product, {W.device}, {W.dtype}, {torch.get_num_threads()} threads"
+
+    def trial() -> tuple[Callable[[], object], Callable[[], object], float]:
+        x, rows = (torch.ones(n, d, dtype=W.dtype, device=W.device) for n in (tokens, n_latents))
+        coarse_x, coarse_rows = x.to(torch.int8), rows.to(torch.int8)
+        sums = torch.empty(tokens, n_latents, dtype=torch.int32, device=W.device)
+
+        def in_int8() -> Tensor:
+            return torch._int_mm(coarse_x, coarse_rows.T, out=sums)  # pyright: ignore[reportPrivateImportUsage]
+
+        return in_int8, lambda: x @ rows.T, EQUALLY_FAST
+
+    # Shares are rounded to powers of two: the next one begins where the product is 1.4 times as fast.
+    return break_even(name, trial, W.device) > EQUALLY_FAST
 
 
 def can_multiply(scorer: Scorer) -> bool:

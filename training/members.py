@@ -31,6 +31,7 @@ from .optim import Schedule, lr_share
 from .phases import Phases
 from .processes import mesh
 from .recipe import DictionarySection, Recipe, dump_recipe
+from .recipe.schema import total_steps
 from .report import TrainingLog
 from .resolve_hooks import dictionary_arguments
 from .start_source import StartSource
@@ -88,6 +89,7 @@ def build_group(
     torch.manual_seed(recipes[0].seed)
     # A resumed run takes from the sample only its width. Other sources than a store may draw random numbers for it.
     resumed = isinstance(stream, StoreStream) and all(recipe.out_dir in earlier for recipe in recipes)
+    stream.needed = max(map(total_steps, recipes))
     sample = stream.start_sample(1 if resumed else SAMPLE_TOKENS)
     start = Start(stream, sample, stream.moments(), stream.target_moments(), {})
     members = []
@@ -137,7 +139,7 @@ def _member(
         accelerator.device
     )
     if recipe.screen != "none":
-        dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
+        dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device, if_faster=True)
     optimizer = build_optimizer(dictionary, phases, recipe)
     layers, device = len(dictionary.blocks), accelerator.device
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, device, randomness, ranks.shards, layers)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae import screen as screen_module
 from sparsary.sae.encoder import Weights
-from sparsary.sae.screen import CANDIDATES, MEASURE_EVERY, MEASURE_TOKENS, Screen, coarse_tiles, quantize
+from sparsary.sae.screen import CANDIDATES, MEASURE_EVERY, MEASURE_TOKENS, Screen, coarse_tiles, int8_is_faster, quantize
 from sparsary.sae.sparse_code import SparseCode
 from sparsary.sae.tiled_scores import Scorer, largest_per_token
 
@@ -51,6 +51,25 @@ def test_nearly_all_of_the_largest_are_found_and_their_values_are_exact(kernels,
     torch.testing.assert_close(code.values, whole_of(some)[code.token_ids(), code.latents], rtol=1e-5, atol=1e-5)
     assert screen.recall > 0.99
     assert all(len(row.unique()) == K for row in code.latents.view(-1, K))
+
+
+@pytest.mark.parametrize(("seconds", "screens"), [(1.0, False), (0.1, True), (30.0, False)])
+def test_a_screen_that_is_not_faster_selects_exactly(monkeypatch, caplog, noise, seconds, screens):
+    # The trial's products by their precision.
+    monkeypatch.setattr("sparsary.sae.break_even._known", {})
+    monkeypatch.setattr("sparsary.sae.break_even._timed", lambda work, device: seconds if work.__name__ == "in_int8" else 1.0)
+    some, screen = scorer(), Screen("int8", 0.0, if_faster=True)
+    screen.largest_per_token(some, K)
+    code, exact = screen.largest_per_token(some, K), largest_per_token(some.tiles(), K)
+    assert torch.equal(rows_of(code), rows_of(exact)) != screens
+    assert len(caplog.records) == (not screens)
+    assert "selection is exact" in caplog.text or screens
+    # Unless it is asked for, nothing is measured.
+    assert not torch.equal(rows_of(Screen("int8", 0.0).largest_per_token(some, K)), rows_of(exact))
+
+
+def test_the_products_that_are_timed_run():
+    int8_is_faster(torch.zeros(1))
 
 
 def test_coarse_scores_are_the_product_s_to_rounding(kernels, monkeypatch):

@@ -338,7 +338,8 @@ def final_state(directory):
 
 
 @pytest.mark.parametrize("changes", [{"screen": "int8", "screen_floor": 0.5}, {"optimizer": "auto"}], ids=["screened", "fused"])
-def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path, stopped_after, changes):
+def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path, stopped_after, monkeypatch, changes):
+    monkeypatch.setattr("sparsary.sae.screen.int8_is_faster", lambda W: True)
     recipe_values |= {"dead_after_tokens": 300, **changes}
     whole = train_recipe(resolve_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "whole")}, "recipe")), rows)
     recipe = check_recipe(recipe_values | {"out_dir": str(tmp_path / "parts")}, "recipe")
@@ -354,7 +355,8 @@ def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path,
         assert all(0.9 < line["screen_recall"] <= 1 for line in metrics(whole))
 
 
-def test_a_screened_run_ends_near_an_exact_one(recipe_values, rows, tmp_path):
+def test_a_screened_run_ends_near_an_exact_one(recipe_values, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsary.sae.screen.int8_is_faster", lambda W: True)
     ends = {}
     for screen in ("none", "int8"):
         recipe = check_recipe(recipe_values | {"screen": screen, "out_dir": str(tmp_path / screen)}, "recipe")

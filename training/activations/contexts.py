@@ -26,6 +26,9 @@ from .routes import Routes
 
 # Contexts at the beginning of a text that the median norm of `harvest.exclude.norm_above` is taken over.
 NORM_CONTEXTS = 64
+# Tokens of a pass on a CPU. Larger ones leave the cache: six blocks of GPT-2 small on contexts of 128 tokens run at 1,590
+# tokens/s with 16 contexts, at 1,200 with 32, at 1,160 with 64 (AMD EPYC, two threads).
+CPU_PASS_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,13 @@ class ContextBatch:
     def kept_activations(self, model: LanguageModel, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens width"]]:
         """Run the model and return the activations of the kept tokens at each hook, in float32 on the model's device."""
         origin = self.on(model.device)
-        return {hook: x[origin.kept].float() for hook, x in model.activations(origin.token_ids, tuple(hooks)).items()}
+        contexts, positions = origin.token_ids.shape
+        at_once = max(1, CPU_PASS_TOKENS // max(positions, 1)) if model.device.type == "cpu" else max(contexts, 1)
+        rows: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+        for ids, kept in zip(origin.token_ids.split(at_once), origin.kept.split(at_once), strict=True):
+            for hook, x in model.activations(ids, tuple(hooks)).items():
+                rows[hook].append(x[kept].float())
+        return {hook: parts[0] if len(parts) == 1 else torch.cat(parts) for hook, parts in rows.items()}
 
     def finite_activations(
         self, model: LanguageModel, hooks: Sequence[str], bad: BadTokens

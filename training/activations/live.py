@@ -211,6 +211,8 @@ class LiveStream(ActivationStream):
                         # Counted with the first batch: a resume within the buffer has counted them already.
                         yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)
                 begin, number = begin + batches, number + 1
+                if self.needed is not None and begin >= self.needed:
+                    return
         finally:
             if isinstance(coming, ReadAhead):
                 coming.close()

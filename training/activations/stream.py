@@ -164,6 +164,8 @@ class ActivationStream(ABC):
 
     # False if batches are made as they are asked for, because the ranks exchange rows for them: in the order of the steps.
     reads_ahead = True
+    # Number of batches that all runs together take, if known: nothing is computed ahead for later ones.
+    needed: int | None = None
 
     def __init__(self, batch_tokens: int, part: BatchPart = WHOLE):
         self.batch_tokens, self.part = batch_tokens, part

@@ -134,7 +134,7 @@ class BenchRun:
         aux = AuxSettings(recipe.auxk_weight, latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
         self.phases = Phases(self.dictionary, recipe)
         if recipe.screen != "none":
-            self.dictionary.screen = Screen(recipe.screen, recipe.screen_floor)
+            self.dictionary.screen = Screen(recipe.screen, recipe.screen_floor, if_faster=True)
         self.optimizer = build_optimizer(self.dictionary, self.phases, recipe)
         self.state = TrainState(
             self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)

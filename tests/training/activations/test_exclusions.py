@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsary.eval.heldout import EvalData
+from sparsary.training.activations import contexts
 from sparsary.training.activations.context_stream import ContextStream
 from sparsary.training.activations.contexts import context_batches
 from sparsary.training.activations.harvest import harvest_activations, recipe_identity
@@ -83,6 +84,21 @@ def loud_model(chats):
     with torch.no_grad():
         model.module.model.embed_tokens.weight[model.tokenizer("e")["input_ids"][0]] *= 50
     return model
+
+
+def test_passes_of_fewer_contexts_give_the_same_rows(chat_model, text, monkeypatch):
+    batch = next(context_batches(chat_model, text, harvest(), 7))
+    whole = batch.kept_activations(chat_model, (HOOK,))[HOOK]
+    passes, own = [], LanguageModel.activations
+
+    def counted(self, ids, hooks):
+        passes.append(len(ids))
+        return own(self, ids, hooks)
+
+    monkeypatch.setattr(contexts, "CPU_PASS_TOKENS", 3 * batch.token_ids.shape[1])
+    monkeypatch.setattr(LanguageModel, "activations", counted)
+    torch.testing.assert_close(batch.kept_activations(chat_model, (HOOK,))[HOOK], whole)
+    assert passes == [3, 3, 1]
 
 
 LOUD = {"hooks": ["model.layers.0:in"], "exclude": {"norm_above": 10}}

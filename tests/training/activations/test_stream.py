@@ -556,6 +556,25 @@ def counting(tokens, start_tokens=0):
     return LiveStream(Counting(tokens), ("h",), 10, 0, start_tokens=start_tokens)
 
 
+def test_no_buffer_is_computed_for_batches_that_no_run_takes(embedded_model):
+    first = live_stream(embedded_model, (HOOK,))
+    while len(first.buffers) < 3:
+        next(first)
+    first.close()
+    stream, cursors = live_stream(embedded_model, (HOOK,)), []
+    after = stream.source.after
+    stream.source.after = lambda cursor: cursors.append(cursor) or after(cursor)
+    # All of two buffers.
+    stream.needed = sorted(first.buffers)[2]
+    for _ in range(stream.needed):
+        next(stream)
+    # The thread that reads ahead ends by itself.
+    stream._coming._thread.join()
+    assert len(cursors) == 2
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
 def test_samples_one_after_the_other_read_an_iterable_once():
     class Counted:
         def __init__(self):
