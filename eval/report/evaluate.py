@@ -70,6 +70,7 @@ def evaluate(
     metric_options: MetricOptions | None = None,
     model: LanguageModel | Any = None,
     tokenizer: Any = None,
+    text: str | Path | Sequence[str | Path] = (),
 ) -> Report:
     """Evaluate a dictionary; write ``report.json`` and ``report.html``, and return the report.
 
@@ -98,10 +99,13 @@ def evaluate(
         model: Language model in memory, in place of the one that the checkpoint names, as in ``train``. Other weights than
             those of training are a doubt in the report.
         tokenizer: Tokenizer of a model object, if it has none itself.
+        text: Files to evaluate on, in place of the text that the checkpoint names: the same as ``options.text``.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit each other.
     """
+    if text:
+        options = replace(options, text=tuple(map(str, [text] if isinstance(text, str | Path) else text)))
     opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer))
     if opened.in_place_together and (activations is not None or selection != DEFAULT_INFERENCE):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")

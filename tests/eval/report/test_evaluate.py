@@ -309,6 +309,12 @@ def test_text_without_tokens_that_count_is_refused(checkpoint, tmp_path, monkeyp
         evaluate(path)
 
 
+def test_text_may_be_given_as_an_argument(checkpoint, tmp_path):
+    for text in (tmp_path / "gone.txt", [str(tmp_path / "gone.txt")]):
+        with pytest.raises(ValueError, match=r"gone\.txt"):
+            evaluate(checkpoint, text=text)
+
+
 def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeypatch, tmp_path):
     from sparsary.training.activations.model import LanguageModel
 
