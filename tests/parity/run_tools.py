@@ -125,7 +125,7 @@ def saebench_core(given: Given) -> dict[str, float]:
 
 
 class TokenBatches:
-    """What SAEBench's core evaluation asks of a store: batches of contexts, in order and again from the first."""
+    """Store for SAEBench's core evaluation: batches of contexts, in order and again from the first."""
 
     def __init__(self, token_ids: Tensor) -> None:
         self.token_ids, self.at, self.context_size, self.store_batch_size_prompts = token_ids, 0, token_ids.shape[1], 8

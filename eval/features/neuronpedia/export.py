@@ -30,7 +30,7 @@ ID = re.compile(r"([\w.-]+)/((\d+)-([\w.-]+))")
 
 @dataclass(frozen=True)
 class NeuronpediaExport:
-    """Where latents are written for Neuronpedia, and under which id.
+    """Folder and id of an export to Neuronpedia.
 
     Attributes:
         directory: Folder of all exports; the source has ``MODEL/LAYER-SET`` below it.

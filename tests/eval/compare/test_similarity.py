@@ -108,7 +108,7 @@ def test_what_cannot_be_compared_is_told(tmp_path, monkeypatch):
 
 
 def test_two_runs_on_a_model_are_stitched_on_its_text(tmp_path, monkeypatch, capsys):
-    """Of neighboring layers there are cosines; of one hook the model's activations tell novel latents."""
+    """Neighboring layers are compared by cosine, dictionaries of one hook by the model's activations too."""
     provenance = {"model": {"id": "embedded"}, "text": {"source": "embedded"}}
     for name, layer, seed, n in (("a", 1, 0, 40), ("b", 1, 1, 60), ("c", 2, 2, 40)):
         torch.manual_seed(seed)
