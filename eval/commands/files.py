@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...training.console import print_fields, print_table
-from .options import reads_dictionaries
+from .options import Format, GivenK, GivenScale, GivenThreshold, Hook, Revision, Subfolder, reads_dictionaries
 
 if TYPE_CHECKING:
     from ...transcoders.load import CheckpointOptions
