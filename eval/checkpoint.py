@@ -31,7 +31,7 @@ from ..training.activations.memory_models import PREFIX
 from ..training.activations.model import LanguageModel, section_content
 from ..training.content import model_problems, text_problems
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
-from ..training.recipe.validation import explain
+from ..training.recipe.messages import explain
 from ..training.text import Cursor
 from ..transcoders.load import NO_OPTIONS, CheckpointOptions, Provenance, find
 from ..transcoders.stack import Stack, hooks_of_provenance, is_stack, stack_folders

@@ -24,8 +24,8 @@ from .locks import existing_parent, require_writable
 from .memory import free_bytes
 from .optim import lr_share
 from .recipe import Recipe, calibrated_on, total_steps
+from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
-from .recipe.validation import with_budget
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 from .shortfalls import Shortfall, shortfall, shortfalls_together

@@ -17,9 +17,10 @@ from .activations.vector_files import VectorFiles
 from .content import Content
 from .mlp_start import mlp_source
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
+from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
+from .recipe.hook_names import theirs, unharvested
 from .recipe.schema import MLP_START
-from .recipe.validation import theirs, unharvested, with_budget
 from .start_source import StartSource, read_start, with_start
 from .transformer_lens_hooks import hooks_named, with_module_hooks
 
