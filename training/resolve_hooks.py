@@ -10,7 +10,8 @@ from typing import Any
 from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
-from .activations.model import LanguageModel, each_model, load_model, load_model_for, load_tokenizer, section_content, skeleton
+from .activations.model import LanguageModel, each_model, load_model, load_model_for, skeleton
+from .activations.model_source import load_tokenizer, section_content
 from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .activations.vector_files import VectorFiles
