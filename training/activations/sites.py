@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ...sae.suggestions import did_you_mean
-from ..recipe.validation import SITES
+from ..recipe.hook_names import SITES
 from .dataflow import Dataflow
 from .hooked_model import HookedModel
 
