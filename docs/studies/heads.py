@@ -32,10 +32,11 @@ from scipy.sparse.csgraph import connected_components
 
 import sparsary
 from sparsary.eval.bootstrap import bootstrap_mean
-from sparsary.eval.heldout import EvalData, TextBatch, eval_data
+from sparsary.eval.heldout import TextBatch, eval_data
 from sparsary.eval.virtual_weights.attention_heads import head_shares
 from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae.files import read_json
+from sparsary.sae.metrics import Moments
 from sparsary.training.activations.architecture import Architecture, LayerTrace
 from sparsary.training.recipe import read_values
 from sparsary.training.recipe.grid import check_grid
@@ -76,27 +77,33 @@ class Layer:
     Items are pairs of a head and one of its top latents, head after head.
     """
 
-    def __init__(self, dictionary: Any, data: EvalData, hook: str, layer: int, anatomy: Architecture, tokens: int):
-        self.dictionary, self.layer, self.anatomy = dictionary.eval(), layer, anatomy
-        firings, error, mean, square, rows = torch.zeros(dictionary.n_latents), 0.0, 0.0, 0.0, 0
-        for piece in data.pieces(Cursor(0, 0), tokens):
-            z = data.model.activations(piece.token_ids, (hook,))[hook][piece.kept].float()
-            code = dictionary.encode(z)
-            firings += torch.bincount(code.latents[code.values > 0], minlength=dictionary.n_latents)
-            error += float((z - dictionary.decode(code)).double().square().sum())
-            mean, square, rows = mean + z.double().sum(0), square + float(z.double().square().sum()), rows + len(z)
-        self.tokens, self.fvu = rows, error / (square - float((mean / rows).square().sum()) * rows)
-        shares = head_shares(dictionary, anatomy.n_heads)
-        eligible = (firings >= LEAST).nonzero()[:, 0]
+    def __init__(self, dictionary: Any, hook: str, layer: int, anatomy: Architecture):
+        self.dictionary, self.hook, self.layer, self.anatomy = dictionary.eval(), hook, layer, anatomy
+        self.firings = torch.zeros(dictionary.n_latents)
+        self.target, self.error, self.tokens = Moments(dictionary.d_in), 0.0, 0
+
+    def tally(self, z: torch.Tensor) -> None:
+        """Add the firings of all latents, and the error, on some tokens."""
+        code = self.dictionary.encode(z)
+        self.firings += torch.bincount(code.latents[code.values > 0], minlength=self.dictionary.n_latents)
+        self.error += float((z - self.dictionary.decode(code)).double().square().sum())
+        self.target.update(z)
+        self.tokens += len(z)
+
+    def choose(self) -> None:
+        """Choose the top latents of every head."""
+        anatomy, shares = self.anatomy, head_shares(self.dictionary, self.anatomy.n_heads)
+        eligible = (self.firings >= LEAST).nonzero()[:, 0]
         if len(eligible) < 2 * TOP:
             raise ValueError(
-                f"{hook}: expected {2 * TOP} latents that fire {LEAST} times in {rows} tokens, got {len(eligible)}."
+                f"{self.hook}: expected {2 * TOP} latents that fire {LEAST} times in {self.tokens} tokens, got "
+                f"{len(eligible)}. Raise --tokens."
             )
-        self.latents = torch.stack([eligible[shares[eligible, head].topk(TOP).indices] for head in range(anatomy.n_heads)])
-        self.shares = torch.stack([shares[self.latents[head], head] for head in range(anatomy.n_heads)])
-        vocabulary = anatomy.W_U.shape[0]
+        heads = range(anatomy.n_heads)
+        self.latents = torch.stack([eligible[shares[eligible, head].topk(TOP).indices] for head in heads])
+        self.shares = torch.stack([shares[self.latents[head], head] for head in heads])
         size = (anatomy.n_heads, TOP, PARTS)
-        self.at, self.source = (torch.zeros(*size, vocabulary) for _ in range(2))
+        self.at, self.source = (torch.zeros(*size, anatomy.W_U.shape[0]) for _ in range(2))
         self.places = torch.zeros(*size, (len(DISTANCES) + 2) * 3)
 
     def count(self, piece: TextBatch, trace: LayerTrace, token_ids: torch.Tensor) -> None:
@@ -145,13 +152,17 @@ class Layer:
 
 
 def described(counts: torch.Tensor, whole: torch.Tensor | None = None) -> np.ndarray:
-    """Return unit vectors of square roots of shares, less their mean over the layer's items (of ``whole``, if given)."""
+    """Return unit vectors of square roots of shares, less their mean over the layer's items (of ``whole``, if given).
+
+    What was never counted has a vector of zeros.
+    """
 
     def roots(x: torch.Tensor) -> torch.Tensor:
         return (x / x.sum(-1, keepdim=True).clamp_min(1e-12)).sqrt().flatten(0, 1).double()
 
     centre = roots(counts if whole is None else whole).mean(0)
-    return unit((roots(counts) - centre).numpy())
+    seen = (counts.sum(-1, keepdim=True) > 0).flatten(0, 1)
+    return unit(((roots(counts) - centre) * seen).numpy())
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -214,9 +225,14 @@ def measure_all(which: str, folders: list[Path], tokens: int) -> list[Row]:
     data = eval_data(loaded[0].provenance, tuple(dict.fromkeys(hooks)))
     anatomy = Architecture(data.model)
     layers = [
-        Layer(dictionary, data, hook, layer, anatomy, tokens)
-        for dictionary, hook, (_, layer, _) in zip(loaded, hooks, members, strict=True)
+        Layer(dictionary, hook, layer, anatomy) for dictionary, hook, (_, layer, _) in zip(loaded, hooks, members, strict=True)
     ]
+    for piece in data.pieces(Cursor(0, 0), tokens):
+        seen = data.model.activations(piece.token_ids, tuple(dict.fromkeys(hooks)))
+        for each in layers:
+            each.tally(seen[each.hook][piece.kept].float())
+    for each in layers:
+        each.choose()
     for piece in data.pieces(Cursor(0, 0), tokens):
         trace = anatomy.trace(piece.token_ids)
         for each in layers:
@@ -227,7 +243,13 @@ def measure_all(which: str, folders: list[Path], tokens: int) -> list[Row]:
         latents = each.latents.flatten().numpy()
         found = judged(each.profiles(), each.parts(), heads, latents[:, None] == latents[None], seed)
         shares = each.shares.double().mean(1)
-        about = {"seed": seed, "layer": layer, "heads": anatomy.n_heads, "fvu": each.fvu, "tokens": each.tokens}
+        about = {
+            "seed": seed,
+            "layer": layer,
+            "heads": anatomy.n_heads,
+            "fvu": each.error / float(each.target.squared_deviation()),
+            "tokens": each.tokens,
+        }
         rows.append(about | {"decoder_share": shares.tolist()} | found)
     return rows
 

@@ -25,7 +25,7 @@ OBJECTS = {
     "white": "snow milk salt cloud swan",
     "gray": "rock mouse smoke wolf elephant",
     "pink": "pig peach rose",
-    "silver": "coin spoon mirror",
+    "silver": "coin spoon fork",
     "gold": "crown medal ring",
 }
 PAIRS = [(thing, color) for color, things in OBJECTS.items() for thing in things.split()]
