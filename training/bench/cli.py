@@ -163,6 +163,20 @@ def _bench_grid(
     _bench_report("grid", _measured("grid", lambda: bench_grid(members, rounds, shapes)), json)
 
 
+@app.command("cross-layer")
+def _bench_cross_layer(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """Compare a training step of a cross-layer transcoder with its encoder products, in turn, for several shapes."""
+    log.info("bench cross-layer: loading torch")
+    from .cross_layer import QUICK, SHAPES, bench_cross_layer
+
+    measured = _measured("cross-layer", lambda: bench_cross_layer(rounds, QUICK if quick else SHAPES))
+    _bench_report("cross-layer", measured, json)
+
+
 @app.command("gpu")
 def _bench_gpu(
     shape: Annotated[str, typer.Option("--shape", metavar="TOKENSxD_INxN_LATENTSxK", help="Sizes of the step.")] = (
