@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .training_time import run_seconds_per_step
+from .training_time import seconds_per_step
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _measure(shape: CrossLayerShape, rounds: int) -> dict[str, float]:
     steps, products = [], []
     for _ in range(rounds):
         products.append(_products(shape, batches[0][0]))
-        steps.append(run_seconds_per_step(_recipe(shape), batches))
+        steps.append(seconds_per_step(_recipe(shape), batches))
     ratios = [step / product for step, product in zip(steps, products, strict=True)]
     medians = {"seconds_step": statistics.median(steps), "seconds_products": statistics.median(products)}
     return medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .training_time import run_seconds_per_step
+from .training_time import seconds_per_step
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def _measure(shape: GridShape, members: int, rounds: int) -> dict[str, Any]:
     batches = [torch.randn(shape.batch_tokens, shape.d, generator=generator) * scales for _ in range(4)]
     one, together = [], []
     for _ in range(rounds):
-        one.append(run_seconds_per_step(_recipe(shape, 1), batches))
-        together.append(run_seconds_per_step(_recipe(shape, members), batches))
+        one.append(seconds_per_step(_recipe(shape, 1), batches))
+        together.append(seconds_per_step(_recipe(shape, members), batches))
     ratios = [b / a for a, b in zip(one, together, strict=True)]
     medians = {"seconds_one": statistics.median(one), "seconds_all": statistics.median(together)}
     return medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}

@@ -17,7 +17,7 @@ from ..resolve_hooks import resolve_recipes
 from ..run import train_all
 
 
-def run_seconds_per_step(values: dict[str, Any], batches: list[Tensor] | list[tuple[Tensor, Tensor]]) -> float:
+def seconds_per_step(values: dict[str, Any], batches: list[Tensor] | list[tuple[Tensor, Tensor]]) -> float:
     """Train a recipe or grid on a CPU and return the seconds of one of the last ``log_every`` steps, those of all members.
 
     The time covers reading, steps, and logging, but neither start-up nor saving.
