@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
     from .eval.result import Features, Report
+    from .eval.select.run import SelectSettings, select
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
     from .training.activations.model import LanguageModel
@@ -61,6 +62,7 @@ __all__ = [
     "NeuronpediaExport",
     "ProbingResults",
     "Report",
+    "SelectSettings",
     "SparseCode",
     "SparseDictionary",
     "Stack",
@@ -86,6 +88,7 @@ __all__ = [
     "read_activations",
     "render",
     "sae",
+    "select",
     "similarity",
     "train",
     "training",
@@ -119,6 +122,7 @@ _HOMES = {
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",
     "eval.result": "Features Report",
+    "eval.select.run": "SelectSettings select",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
