@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
     from .eval.metrics.inference import InferenceMode
+    from .eval.name.run import name
     from .eval.pages.render import render_file as render
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
@@ -82,6 +83,7 @@ __all__ = [
     "info",
     "load",
     "mib_submission",
+    "name",
     "probe",
     "published",
     "push_to_hub",
@@ -118,6 +120,7 @@ _HOMES = {
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
     "eval.metrics.inference": "InferenceMode",
+    "eval.name.run": "name",
     "eval.pages.render": "render",
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",

@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from results import write_results
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 import sparsary
 from sparsary.training.embedded import lexicon
 from sparsary.training.embedded.corpus import TASKS, DocumentChoices, FilledPassage, embedded_documents, join
-from sparsary.training.embedded.train import BATCH_CONTEXTS, CONTEXT_LENGTH, build_model
+from sparsary.training.embedded.train import CONTEXT_LENGTH, build_model
 from sparsary.training.text import pack
 
 # Kinds of agreement -> kind of the generator, and the word after "that".
@@ -38,7 +39,7 @@ AGREEMENT = {"simple": ("simple", ""), "across_pp": ("across_pp", "")}
 AGREEMENT |= {"object_rc": ("across_rc", "relative"), "subject_rc": ("across_rc", "inner_verb")}
 KINDS = (*(name for name in TASKS if name != "agreement"), *(f"agreement {name}" for name in AGREEMENT))
 EXAMPLES, TESTS = 16, 150
-BASE_LR, TUNE_LR, TUNE_CONTEXTS, EPOCHS = 2e-3, 3e-4, 8, 3
+BASE_LR, BASE_CONTEXTS, TUNE_LR, TUNE_CONTEXTS, EPOCHS = 2e-3, 32, 3e-4, 8, 3
 ARMS = ("latents", "tfidf", "random")
 
 
@@ -84,7 +85,10 @@ def contexts_of(documents: Sequence[Sequence[str]]) -> torch.Tensor:
 
 
 def half_trained(steps: int) -> dict[str, torch.Tensor]:
-    """Return the weights of the embedded model after the first steps of a training like its own."""
+    """Return the weights of the embedded model after the first steps of a training like its own; they are kept in runs."""
+    kept = Path("runs/data-selection", f"half-trained-{steps}.safetensors")
+    if kept.is_file():
+        return load_file(kept)
     model = build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE_LR, total_steps=steps, pct_start=0.2)
@@ -98,7 +102,10 @@ def half_trained(steps: int) -> dict[str, torch.Tensor]:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     print(f"half-trained: {steps} steps, loss {loss.item():.3f}", flush=True)
-    return model.state_dict()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(found, kept)
+    return found
 
 
 def _training_batches() -> Iterator[torch.Tensor]:
@@ -106,7 +113,7 @@ def _training_batches() -> Iterator[torch.Tensor]:
     numbered = ((number, [ids[word] for word in document.words]) for number, document in enumerate(embedded_documents(0)))
     packed = pack(numbered, CONTEXT_LENGTH, bos_id=ids["<bos>"], bos="context")
     while True:
-        yield torch.from_numpy(np.stack([next(packed).token_ids for _ in range(BATCH_CONTEXTS)])).long()
+        yield torch.from_numpy(np.stack([next(packed).token_ids for _ in range(BASE_CONTEXTS)])).long()
 
 
 def tuned_loss(start: dict[str, torch.Tensor], documents: Sequence[Sequence[str]], test: torch.Tensor, seed: int) -> float:
@@ -154,59 +161,68 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of pools, each with its own examples")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds to select")
     parser.add_argument("--tune", default="agreement simple,agreement object_rc", help="kinds to fine-tune on; empty: none")
-    parser.add_argument("--steps", type=int, default=100, help="steps of the half-trained model")
+    parser.add_argument("--steps", type=int, default=150, help="steps of the half-trained model")
     parser.add_argument("--pooling", default="max")
     parser.add_argument("--out", type=Path, help="JSON file for the figures of every seed")
     arguments = parser.parse_args()
-    kinds = [kind for kind in arguments.kinds.split(",") if kind]
-    tune = [kind for kind in arguments.tune.split(",") if kind]
-    start = half_trained(arguments.steps) if tune else {}
-    figures: dict[str, dict[str, dict[str, list[float]]]] = {"precision": {}, "average_precision": {}}
-    losses: dict[str, dict[str, list[float]]] = {}
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            pool, out = Path(folder, "pool.jsonl"), Path(folder, "out")
-            write_documents(pool, KINDS, arguments.documents, seed, "train")
-            everything = [(kind, index) for kind in KINDS for index in range(arguments.documents)]
-            for kind in kinds:
-                like = Path(folder, f"{kind}.jsonl")
-                write_documents(like, [kind], EXAMPLES, seed, "heldout")
-                found, rows = chosen_by(arguments.checkpoint, pool, like, kind, "latents", out, arguments.pooling)
-                for row in found["methods"]:
-                    for name, table in figures.items():
-                        table.setdefault(kind, {}).setdefault(row["method"], []).append(row[name])
-                said = (f"{row['method']} {row['precision']:.3f} {row['average_precision']:.3f}" for row in found["methods"])
-                print(f"seed {seed}, {kind}: {', '.join(said)}", flush=True)
-                if kind not in tune:
-                    continue
-                order = np.random.default_rng(seed).permutation(len(everything))
-                _, by_words = chosen_by(arguments.checkpoint, pool, like, kind, "tfidf", out, arguments.pooling)
-                arms = {"latents": rows, "tfidf": by_words, "random": [everything[place] for place in order[: len(rows)]]}
-                test = contexts_of([kind_document(kind, seed, 10_000 + index, "heldout")[1:] for index in range(TESTS)])
-                lines = losses.setdefault(kind, {})
-                lines.setdefault("before", []).append(tuned_loss(start, [], test, seed))
-                for arm, own in arms.items():
-                    documents = [kind_document(other, seed, index, "train")[1:] for other, index in own]
-                    lines.setdefault(arm, []).append(tuned_loss(start, documents, test, seed))
-                print(f"seed {seed}, {kind}: {', '.join(f'{arm} {x[-1]:.3f}' for arm, x in lines.items())}", flush=True)
-    for name, table in figures.items():
-        methods = list(next(iter(table.values()), {}))
+    start = half_trained(arguments.steps) if arguments.tune else {}
+    names = ("documents", "steps", "pooling")
+    settings = {name: getattr(arguments, name) for name in names}
+    found: dict[str, Any] = settings | {"seeds": 0, "precision": {}, "average_precision": {}, "loss": {}}
+    if arguments.out and arguments.out.is_file():
+        # Seeds that another run has done are not done again.
+        before = json.loads(arguments.out.read_text(encoding="utf-8"))
+        found = before if {name: before[name] for name in names} == settings else found
+    for seed in range(found["seeds"], arguments.seeds):
+        one_seed(arguments, seed, start, found)
+        found["seeds"] = seed + 1
+        if arguments.out:
+            write_results(arguments.out, found)
+    print_tables(found)
+
+
+def one_seed(arguments: argparse.Namespace, seed: int, start: dict[str, torch.Tensor], found: dict[str, Any]) -> None:
+    """Add the figures of one pool to those found."""
+    kinds, tune = ([kind for kind in given.split(",") if kind] for given in (arguments.kinds, arguments.tune))
+    with tempfile.TemporaryDirectory() as folder:
+        pool, out = Path(folder, "pool.jsonl"), Path(folder, "out")
+        write_documents(pool, KINDS, arguments.documents, seed, "train")
+        everything = [(kind, index) for kind in KINDS for index in range(arguments.documents)]
+        for kind in kinds:
+            like = Path(folder, f"{kind}.jsonl")
+            write_documents(like, [kind], EXAMPLES, seed, "heldout")
+            report, rows = chosen_by(arguments.checkpoint, pool, like, kind, "latents", out, arguments.pooling)
+            for row in report["methods"]:
+                for name in ("precision", "average_precision"):
+                    found[name].setdefault(kind, {}).setdefault(row["method"], []).append(row[name])
+            said = (f"{row['method']} {row['precision']:.3f} {row['average_precision']:.3f}" for row in report["methods"])
+            print(f"seed {seed}, {kind}: {', '.join(said)}", flush=True)
+            if kind not in tune:
+                continue
+            order = np.random.default_rng(seed).permutation(len(everything))
+            _, by_words = chosen_by(arguments.checkpoint, pool, like, kind, "tfidf", out, arguments.pooling)
+            arms = {"latents": rows, "tfidf": by_words, "random": [everything[place] for place in order[: len(rows)]]}
+            test = contexts_of([kind_document(kind, seed, 10_000 + index, "heldout")[1:] for index in range(TESTS)])
+            lines = found["loss"].setdefault(kind, {})
+            lines.setdefault("before", []).append(tuned_loss(start, [], test, seed))
+            for arm, own in arms.items():
+                documents = [kind_document(other, seed, index, "train")[1:] for other, index in own]
+                lines.setdefault(arm, []).append(tuned_loss(start, documents, test, seed))
+            print(f"seed {seed}, {kind}: {', '.join(f'{arm} {x[-1]:.3f}' for arm, x in lines.items())}", flush=True)
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    """Print the means over seeds as tables."""
+    for name in ("precision", "average_precision"):
+        methods = list(next(iter(found[name].values()), {}))
         print(f"\n| {name} | {' | '.join(methods)} |\n|{'---|' * (len(methods) + 1)}")
-        for kind, row in table.items():
+        for kind, row in found[name].items():
             print(f"| {kind} | {' | '.join(f'{statistics.fmean(row[method]):.3f}' for method in methods)} |")
     print(f"\n| loss | before | {' | '.join(ARMS)} | latents less random | latents less TF-IDF |\n|{'---|' * (len(ARMS) + 4)}")
-    for kind, row in losses.items():
+    for kind, row in found["loss"].items():
         cells = [f"{statistics.fmean(row[arm]):.3f}" for arm in ("before", *ARMS)]
         less = [[a - b for a, b in zip(row["latents"], row[other], strict=True)] for other in ("random", "tfidf")]
         print(f"| {kind} | {' | '.join(cells)} | {' | '.join(map(interval, less))} |")
-    if arguments.out:
-        settings = {
-            "documents": arguments.documents,
-            "seeds": arguments.seeds,
-            "steps": arguments.steps,
-            "pooling": arguments.pooling,
-        }
-        write_results(arguments.out, settings | figures | {"loss": losses})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from .document import document, encoder_label
 from .numbers import UNMEASURED, finite, show, show_interval
-from .plots import ACCENT, MUTED, SOFT, WARN, plot_card
+from .plots import ACCENT, MUTED, WARN, plot_card
 from .tables import Cell, Column, FigureTile
 
 METHOD_NAMES = {
@@ -179,7 +179,7 @@ def _scores(ax: Axes, found: Mapping[str, Any]) -> str:
     ax.plot(examples, [0.5] * len(examples), "|", color=WARN, markersize=13, label=f"examples ({len(examples)})")
     ax.axvline(limit, color=MUTED, linestyle="--", linewidth=1.2, label=f"last chosen {show(limit, digits=3)}")
     ax.set(xlabel="similarity to the examples", ylabel="documents", ylim=(0, max(counts) * 4))
-    ax.legend(loc="upper right", facecolor=SOFT)
+    ax.legend(loc="upper left")
     ends = [show(each, digits=3) for each in (edges[0], edges[-1], limit, examples[0], examples[-1])]
     return (
         f"Histogram of similarities: {show(sum(counts))} documents from {ends[0]} to {ends[1]}, the last chosen at {ends[2]}; "

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import sparse
 
 from .pooled import SparseRows
 
@@ -19,6 +18,7 @@ def greedy_cover(rows: SparseRows, weights: Float[np.ndarray, " entries"], count
 
     Where no row adds anything, the cover begins anew with the rows that are left.
 
+    >>> from scipy import sparse
     >>> rows = sparse.csr_array(np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 0.0]]))
     >>> greedy_cover(rows, np.array([3.0, 2, 1, 1]), 3).tolist()
     [3, 0, 2]

@@ -42,7 +42,7 @@ KEEP = 0.05
 # Candidates of a diverse choice, for each document that is kept: similarity comes first.
 CANDIDATES = 4
 # Latents named for each document, and in all.
-CAUSES, LATENTS = 5, 40
+CAUSES, LATENTS = 5, 25
 # Documents on the page: the best, and those around the limit of the choice.
 BEST, AROUND, EXCERPT = 20, 5, 240
 BINS = 40
