@@ -60,7 +60,7 @@ def read_named_vectors(path: str | Path) -> NamedVectors:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(f"{folder}/words.npy", np.eye(3, dtype=np.float32))
-    ...     _ = Path(folder, "words.txt").write_text("cat\\\\ndog\\\\nowl\\\\n")
+    ...     _ = Path(folder, "words.txt").write_text("cat\\ndog\\nowl\\n")
     ...     read_named_vectors(f"{folder}/words.npy").names
     ['cat', 'dog', 'owl']
     """

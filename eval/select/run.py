@@ -17,7 +17,8 @@ from sklearn.metrics import average_precision_score
 
 from ...sae.files import replacing, write_json
 from ...sae.suggestions import require_choice
-from ...training.activations.model import LanguageModel, load_model, section_content
+from ...training.activations.model import LanguageModel, load_model
+from ...training.activations.model_source import section_content
 from ...training.bad_rows import BadTexts
 from ...training.content import file_digest
 from ...training.recipe import ModelSection, TextSection
