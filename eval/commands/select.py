@@ -17,8 +17,11 @@ app = typer.Typer()
 @reads_dictionaries
 def _select(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
-    pool: Annotated[str, typer.Option(help="Documents to choose from (.jsonl, .json, .txt, .parquet; a pattern or folder).")],
-    like: Annotated[str, typer.Option(help="Examples of the task, in a file of the same kinds.")],
+    pool: Annotated[
+        str | None,
+        typer.Option(help="Documents to choose from (.jsonl, .json, .txt, .parquet; a pattern or folder). Required."),
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Examples of the task, in a file of the same kinds. Required.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the pool to keep; from 1 on, number of documents.")] = 0.05,
     by: Annotated[
         str,
@@ -41,6 +44,9 @@ def _select(
     """Choose the documents of a pool that are most like examples by their latents; write chosen.jsonl and select.html."""
     from ..select.run import SelectSettings, select, select_summary, select_table
 
+    if pool is None or like is None:
+        missing = "--pool" if pool is None else "--like"
+        raise ValueError(f"{missing}: expected a file, got none: sparsary select {checkpoint} --pool POOL --like EXAMPLES.")
     settings = SelectSettings(keep, by, pooling, top, diverse, column, truth, seed)
     found = select(checkpoint, pool, like, settings, out, options)
     print_fields(select_summary(found))
