@@ -78,7 +78,7 @@ def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest)
 
 
 @dataclass(frozen=True)
-class Turn:
+class MemberStep:
     """A member's next step: the member, its batch and the stream that the batch is from."""
 
     member: TrainedMember
@@ -86,11 +86,11 @@ class Turn:
     stream: ActivationStream
 
 
-def turns(group: Group, accelerator: Accelerator) -> list[Turn]:
+def turns(group: Group, accelerator: Accelerator) -> list[MemberStep]:
     """Take the next batch of a group, and return the steps that its members take with it."""
     members = [member for member in group.in_step if not member.done]
     batch = next(group.stream).to(accelerator.device)
-    return [Turn(member, batch, group.stream) for member in members]
+    return [MemberStep(member, batch, group.stream) for member in members]
 
 
 def most_lanes(groups: Sequence[Group], accelerator: Accelerator) -> int:

@@ -11,12 +11,13 @@ latents with the largest share of their decoder norm in the head, of those that 
 - predictions: effect of the head's part of its direction on the logits;
 - places: distance of what is read (binned), and whether it is the same token, or follows the same token.
 
-Two latents are alike in one of these if their cosine (contexts and places: of square roots of shares, less the mean of the
-layer) exceeds that of 95 % of the pairs of latents of different heads of the layer. A head is monosemantic if at most one of
-its latents is not connected to the others by such links, else polysemantic. Controls: sets of as many latents of random heads,
-and the parts of one and the same latent, each from other documents, in place of the latents of a head. Dictionaries of
-recipes/heads are trained first (finished runs are reused). Measured on the recipe's held-out documents. Writes
-docs/results/heads.json and prints the table of docs/circuits.md.
+The similarity of two latents is a cosine for predictions, and the overlap of shares (sum of square roots of products) for
+contexts and places. Two are alike if theirs exceeds that of 95 % of the pairs of latents of different heads of the layer.
+Clusters: average linkage, cut at this limit; single linkage, where a chain of alike latents is one cluster, is the most
+lenient. A head is monosemantic if at most one of its latents is outside its largest cluster, else polysemantic. Controls: sets
+of as many latents of random heads, and the parts of one and the same latent, each from other documents, in place of the
+latents of a head. Dictionaries of recipes/heads are trained first (finished runs are reused). Measured on the recipe's held-
+out documents. Writes docs/results/heads.json and prints the table of docs/circuits.md.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from results import write_results
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import fcluster, linkage
 
 import sparsary
 from sparsary.eval.bootstrap import bootstrap_mean
@@ -50,15 +51,18 @@ LAYERS = {"embedded": 4, "stories3M": 6}
 TOP, LEAST, PARTS = 10, 100, 10
 # Quantile of the similarity of latents of different heads above which two latents are alike.
 ALIKE = 0.95
-# Latents of a head that may have no link to the others.
+# Latents of a head that may be outside its largest cluster.
 STRAYS = 1
 DRAWS = 500
 # Upper ends of the bins of distances; the first position is a bin of its own, beyond these.
 DISTANCES = (0, 1, 2, 4, 8, 16, 32)
 MEASURES = ("contexts", "predictions", "places")
 JUDGED = (*MEASURES, "contexts or predictions", "any")
+LINKAGES = ("average", "single")
 
 Row = dict[str, Any]
+# Descriptions or similarities by measure.
+Vectors = dict[str, np.ndarray]
 
 
 def trained(which: str, seed: int, options: argparse.Namespace) -> Path:
@@ -131,7 +135,7 @@ class Layer:
                 self.source[where].index_put_((own, there), weight, accumulate=True)
                 self.places[where].index_put_((own, distance * 3 + relation), weight, accumulate=True)
 
-    def profiles(self) -> dict[str, np.ndarray]:
+    def profiles(self) -> Vectors:
         """Return the description of every item by measure: rows whose products are similarities."""
         anatomy, weights = self.anatomy, self.anatomy.layers[self.layer]
         reads = anatomy.final_norm.fold(anatomy.W_U).float()
@@ -145,24 +149,15 @@ class Layer:
         found["places"] = described(self.places.sum(2))
         return found
 
-    def parts(self) -> dict[str, np.ndarray]:
+    def parts(self) -> Vectors:
         """Return the description of every part of every item, ``(items, parts, width)``, for the control."""
-        halves = [described(self.at, self.at.sum(2)), described(self.source, self.source.sum(2))]
-        return {"contexts": np.concatenate(halves, -1) / math.sqrt(2), "places": described(self.places, self.places.sum(2))}
+        halves = [described(self.at), described(self.source)]
+        return {"contexts": np.concatenate(halves, -1) / math.sqrt(2), "places": described(self.places)}
 
 
-def described(counts: torch.Tensor, whole: torch.Tensor | None = None) -> np.ndarray:
-    """Return unit vectors of square roots of shares, less their mean over the layer's items (of ``whole``, if given).
-
-    What was never counted has a vector of zeros.
-    """
-
-    def roots(x: torch.Tensor) -> torch.Tensor:
-        return (x / x.sum(-1, keepdim=True).clamp_min(1e-12)).sqrt().flatten(0, 1).double()
-
-    centre = roots(counts if whole is None else whole).mean(0)
-    seen = (counts.sum(-1, keepdim=True) > 0).flatten(0, 1)
-    return unit(((roots(counts) - centre) * seen).numpy())
+def described(counts: torch.Tensor) -> np.ndarray:
+    """Return square roots of shares, whose product is their overlap (Bhattacharyya); zeros for what was never counted."""
+    return (counts / counts.sum(-1, keepdim=True).clamp_min(1e-12)).sqrt().flatten(0, 1).double().numpy()
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -170,48 +165,57 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
-def links(
-    profiles: dict[str, np.ndarray], heads: np.ndarray, same: np.ndarray
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return by measure which items are alike, and the similarity that 95 % of the pairs of different heads do not exceed.
+def compared(profiles: Vectors, heads: np.ndarray, same: np.ndarray) -> tuple[Vectors, dict[str, float]]:
+    """Return the similarities of items by measure, scaled, and the limits they are scaled by.
+
+    0 is the similarity that 95 % of the pairs of different heads do not exceed, and 1 is equality. Of several measures, the
+    largest similarity counts.
 
     Args:
         heads: Head of every item.
         same: Pairs of items that are the same latent, at two heads: no such pair is part of the null.
     """
-    similar = {measure: profiles[measure] @ profiles[measure].T for measure in MEASURES}
+    raw = {measure: profiles[measure] @ profiles[measure].T for measure in MEASURES}
     others = (heads[:, None] != heads[None]) & ~same
-    limits = {measure: float(np.quantile(values[others], ALIKE)) for measure, values in similar.items()}
-    alike = {measure: values > limits[measure] for measure, values in similar.items()}
-    alike["contexts or predictions"] = alike["contexts"] | alike["predictions"]
-    alike["any"] = alike["contexts or predictions"] | alike["places"]
-    return alike, limits
+    limits = {measure: float(np.quantile(values[others], ALIKE)) for measure, values in raw.items()}
+    found = {measure: scaled(values, limits[measure]) for measure, values in raw.items()}
+    found["contexts or predictions"] = np.maximum(found["contexts"], found["predictions"])
+    found["any"] = np.maximum(found["contexts or predictions"], found["places"])
+    return found, limits
 
 
-def is_polysemantic(alike: np.ndarray) -> bool:
-    """Return True if more than ``STRAYS`` items are outside the largest set that links connect."""
-    _, labels = connected_components(alike, directed=False)
-    return len(alike) - int(np.bincount(labels).max()) > STRAYS
+def scaled(similarity: np.ndarray, limit: float) -> np.ndarray:
+    """Return similarities with 0 at the limit and 1 at equality."""
+    return (similarity - limit) / (1 - limit)
 
 
-def judged(
-    profiles: dict[str, np.ndarray], parts: dict[str, np.ndarray], heads: np.ndarray, same: np.ndarray, seed: int
-) -> Row:
-    """Judge the heads of a layer: one entry per head and measure, beside the two controls."""
-    alike, limits = links(profiles, heads, same)
+def is_polysemantic(similarity: np.ndarray, method: str) -> bool:
+    """Return True if more than ``STRAYS`` items are outside the largest cluster: ``method`` linkage, cut at similarity 0."""
+    distances = 1 - similarity
+    tree = linkage(distances[np.triu_indices(len(distances), 1)], method)
+    labels = fcluster(tree, 1.0, "distance")
+    return len(similarity) - int(np.bincount(labels).max()) > STRAYS
+
+
+def judged(profiles: Vectors, parts: Vectors, heads: np.ndarray, same: np.ndarray, seed: int) -> Row:
+    """Judge the heads of a layer by both linkages: an entry per measure and head, beside the two controls."""
+    similar, limits = compared(profiles, heads, same)
     draw = np.random.default_rng(seed)
     size = int(np.bincount(heads)[0])
-    found: Row = {"polysemantic": {}, "of_random": {}, "of_one_latent": {}, "similarity_alike": limits}
-    for measure, linked in alike.items():
-        of_heads = [is_polysemantic(linked[np.ix_(heads == head, heads == head)]) for head in np.unique(heads)]
-        sets = (draw.choice(len(heads), size, replace=False) for _ in range(DRAWS))
-        found["polysemantic"][measure] = of_heads
-        found["of_random"][measure] = float(np.mean([is_polysemantic(linked[np.ix_(chosen, chosen)]) for chosen in sets]))
-    for measure, rows in parts.items():
-        own = [
-            is_polysemantic(row[seen] @ row[seen].T > limits[measure]) for row in rows if (seen := np.abs(row).sum(1) > 0).any()
-        ]
-        found["of_one_latent"][measure] = float(np.mean(own))
+    sets = [draw.choice(len(heads), size, replace=False) for _ in range(DRAWS)]
+    found: Row = {"similarity_alike": limits}
+    for method in LINKAGES:
+        own: Row = {"polysemantic": {}, "of_random": {}, "of_one_latent": {}}
+        for measure, values in similar.items():
+            of_heads = [values[np.ix_(heads == head, heads == head)] for head in np.unique(heads)]
+            own["polysemantic"][measure] = [is_polysemantic(each, method) for each in of_heads]
+            random = [is_polysemantic(values[np.ix_(chosen, chosen)], method) for chosen in sets]
+            own["of_random"][measure] = float(np.mean(random))
+        for measure, rows in parts.items():
+            seen = [row[np.abs(row).sum(1) > 0] for row in rows]
+            same_latent = [is_polysemantic(scaled(row @ row.T, limits[measure]), method) for row in seen if len(row) > 1]
+            own["of_one_latent"][measure] = float(np.mean(same_latent))
+        found[method] = own
     return found
 
 
@@ -255,24 +259,28 @@ def measure_all(which: str, folders: list[Path], tokens: int) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Return the share of polysemantic heads by measure, with its interval over heads, and that of the controls."""
+    """Return the share of polysemantic heads by linkage and measure, with its interval, and those of the controls."""
     table = []
-    for measure in JUDGED:
-        seeds = sorted({row["seed"] for row in rows})
-        by_seed = [[head for row in rows if row["seed"] == seed for head in row["polysemantic"][measure]] for seed in seeds]
-        share = bootstrap_mean(np.array(by_seed, dtype=float).mean(0), seed=0)
-        own = [row["of_one_latent"][measure] for row in rows if measure in row["of_one_latent"]]
-        table.append(
-            {
-                "measure": measure,
-                "polysemantic": share.mean,
-                "low": share.low,
-                "high": share.high,
-                "by_seed": [statistics.mean(heads) for heads in by_seed],
-                "of_random": statistics.mean(row["of_random"][measure] for row in rows),
-                "of_one_latent": statistics.mean(own) if own else None,
-            }
-        )
+    for method in LINKAGES:
+        for measure in JUDGED:
+            seeds = sorted({row["seed"] for row in rows})
+            by_seed = [
+                [head for row in rows if row["seed"] == seed for head in row[method]["polysemantic"][measure]] for seed in seeds
+            ]
+            share = bootstrap_mean(np.array(by_seed, dtype=float).mean(0), seed=0)
+            own = [value for row in rows if (value := row[method]["of_one_latent"].get(measure)) is not None]
+            table.append(
+                {
+                    "linkage": method,
+                    "measure": measure,
+                    "polysemantic": share.mean,
+                    "low": share.low,
+                    "high": share.high,
+                    "by_seed": [statistics.mean(heads) for heads in by_seed],
+                    "of_random": statistics.mean(row[method]["of_random"][measure] for row in rows),
+                    "of_one_latent": statistics.mean(own) if own else None,
+                }
+            )
     return table
 
 
@@ -292,11 +300,12 @@ def main() -> None:
     found = read_json(RESULTS) if RESULTS.exists() else {}
     table = summary(rows)
     write_results(RESULTS, found | {options.which: {"summary": table, "layers": rows}})
-    print(f"| {options.which} | polysemantic heads | by seed | random sets | parts of one latent |\n|---|---|---|---|---|")
+    head = f"{options.which} | linkage | polysemantic heads | by seed | random sets | parts of one latent"
+    print(f"| {head} |\n|" + "---|" * 6)
     for row in table:
         seeds, one = ", ".join(f"{value:.2f}" for value in row["by_seed"]), row["of_one_latent"]
         cells = (f"{row['polysemantic']:.2f} ({row['low']:.2f} to {row['high']:.2f})", seeds, f"{row['of_random']:.2f}")
-        print(f"| {row['measure']} | {' | '.join(cells)} | {'-' if one is None else f'{one:.2f}'} |")
+        print(f"| {row['measure']} | {row['linkage']} | {' | '.join(cells)} | {'-' if one is None else f'{one:.2f}'} |")
 
 
 if __name__ == "__main__":
