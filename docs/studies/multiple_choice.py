@@ -1,6 +1,6 @@
 """Multiple choice where the heads are known: what finds them, and how many directions their queries, keys and values need.
 
-    python docs/studies/multiple_choice.py [--seeds 3] [--options 3 4 5]
+    python docs/studies/multiple_choice.py [--seeds 3] [--options 3]
 
 Trains transformers of two layers with four heads to answer at two given heads (eval/circuits/known/choice.py), and measures on
 other prompts: accuracy, AUC of the scores of discovery methods for the two heads among all eight, direct effects on the answer,
@@ -76,7 +76,7 @@ def shown(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--options", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--options", type=int, nargs="+", default=[3])
     arguments = parser.parse_args()
     rows: list[Row] = read_json(RESULTS)["rows"] if RESULTS.exists() else []
     for seed in range(arguments.seeds):
