@@ -19,6 +19,7 @@ from .probing import render_probing
 from .recipes import render_recipes
 from .report import render_report
 from .runs import render_runs
+from .similarity import render_similarity
 from .stack import render_stack
 from .vectors import render_vectors
 
@@ -45,7 +46,8 @@ def render_file(path: str | Path) -> Path:
 
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``circuit_comparison.json``,
-            ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``; other names work too.
+            ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``, ``similarity.json``; other
+            names work too.
             Related files of the run are read as well: its ``metrics.jsonl``, the files of features, a graph's
             ``graph-page.json``, probing's ``factors.jsonl``.
 
@@ -73,7 +75,7 @@ def render_file(path: str | Path) -> Path:
     if kind is None:
         names = (
             "report.json, comparison.json, circuits.json, circuit_comparison.json, features.json, features.jsonl, graph.json, "
-            "probing.json, diff.json"
+            "probing.json, diff.json, similarity.json"
         )
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
@@ -221,5 +223,11 @@ KINDS = (
         lambda path, found: render_graph(found),
     ),
     ResultKind(frozenset({"diff_version"}), "sparsary diff", "diff", lambda path, found: render_diff(found)),
+    ResultKind(
+        frozenset({"similarity_version"}),
+        "sparsary similarity",
+        "similarity",
+        lambda path, found: render_similarity(found, _reports(path)),
+    ),
     ResultKind(frozenset({"probing_version"}), "sparsary probe", "probing", _probing),
 )

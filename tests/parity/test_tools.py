@@ -119,6 +119,7 @@ def test_a_tool_gives_our_figures_of_an_sae(tool, tools, sae, tmp_path):
 def test_circuit_tracer_attributes_as_we_do_and_serves_our_graph(tools, transcoders, tmp_path):
     found = tools.circuit_tracer(tools.Case(transcoders, tmp_path, TOKENS))
     for name, (theirs, ours) in found.pairs.items():
-        # The same nodes; why the scores differ is open: docs/interoperability.md.
-        assert theirs == pytest.approx(ours, rel=1e-6 if name == "nodes" else 0.06), name
+        # The same nodes and, with its token nodes, the same scores; our token nodes hold position embeddings too.
+        assert theirs == pytest.approx(ours, rel=0.06 if name.endswith("_score") else 1e-4), name
+    assert found.theirs["edge_difference"] < 1e-4
     assert found.theirs["served_nodes"] > 10

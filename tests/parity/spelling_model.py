@@ -1,0 +1,140 @@
+"""A small GPT-2 that names the first letter of a word, for absorption: SAEBench's task needs a model that spells.
+
+    .venv/bin/python tests/parity/spelling_model.py runs/spelling
+
+writes ``model``, ``text.jsonl`` to train an SAE on, and ``words.jsonl``, whose labels are the first letters. Words are
+invented, with a class that does not depend on the first letter. Half of the text is lists in the form of SAEBench's prompt,
+``{word} has the first letter: {letter}``, and half is sentences in which the class of a word depends on the one before it,
+with a few frequent words and many rare ones. A word is one token.
+"""
+
+import argparse
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+CLASSES, WORDS_PER_LETTER = 12, 60
+VOWELS, CONSONANTS = "aeiou", "bcdfghklmnprstvz"
+# As in SAEBench's prompts: ten examples, then the word that is asked for.
+LINES, LENGTH, BATCH = 11, 80, 32
+SPECIAL = ["<unk>", "<bos>", "<pad>"]
+
+
+class Words:
+    """Invented words by their first letters, and their classes; sentences and lists of them."""
+
+    def __init__(self, seed: int):
+        self.random = np.random.default_rng(seed)
+        self.words: list[str] = []
+        for letter in string.ascii_lowercase:
+            found: set[str] = set()
+            while len(found) < WORDS_PER_LETTER:
+                found.add(letter + self._syllables(letter))
+            self.words += sorted(found)
+        self.classes = self.random.integers(CLASSES, size=len(self.words))
+        self.members = [np.flatnonzero(self.classes == one) for one in range(CLASSES)]
+        # The first word of a class occurs 30 times as often as its hundredth.
+        self.weights = [1 / (1 + np.arange(len(some))) ** 0.75 for some in self.members]
+        for some in self.members:
+            self.random.shuffle(some)
+        self.next = self.random.dirichlet(np.full(CLASSES, 0.15), size=CLASSES)
+
+    def _syllables(self, first: str) -> str:
+        letters, vowel = "", first not in VOWELS
+        for _ in range(self.random.integers(3, 7)):
+            letters += str(self.random.choice(list(VOWELS if vowel else CONSONANTS)))
+            vowel = not vowel
+        return letters
+
+    def spelling(self) -> str:
+        """Return a list of words with their first letters."""
+        words = [self.words[i] for i in self.random.choice(len(self.words), LINES, replace=False)]
+        return "\n".join(f"{word} has the first letter: {word[0].upper()}" for word in words)
+
+    def sentences(self) -> str:
+        """Return words whose classes follow one another."""
+        words, now = [], int(self.random.integers(CLASSES))
+        for _ in range(LENGTH):
+            weights = self.weights[now]
+            words.append(self.words[self.random.choice(self.members[now], p=weights / weights.sum())])
+            now = int(self.random.choice(CLASSES, p=self.next[now]))
+        return " ".join(words)
+
+
+def tokenizer_of(words: Words) -> PreTrainedTokenizerFast:
+    """Return a tokenizer for which a word, a letter and a punctuation mark are a token each."""
+    tokens = [*SPECIAL, "has", "the", "first", "letter", ":", *string.ascii_uppercase, *words.words]
+    backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>", eos_token="<bos>", pad_token="<pad>"
+    )
+
+
+def trained(words: Words, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> GPT2LMHeadModel:
+    """Return a model of two layers, trained on as many lists as sentences."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.bos_token_id,
+    )
+    # Without dropout.
+    model = GPT2LMHeadModel(config).eval()
+    adam = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        texts = [words.spelling() if number % 2 else words.sentences() for number in range(BATCH)]
+        rows = [[tokenizer.bos_token_id, *ids][:LENGTH] for ids in tokenizer(texts)["input_ids"]]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        loss = model(input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    return model
+
+
+@torch.no_grad()
+def letters_right(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, words: Words, lists: int = 32) -> float:
+    """Return the share of words, after the first of each list, whose letter is the likeliest token."""
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(words.spelling())["input_ids"]] for _ in range(lists)])
+    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(string.ascii_uppercase)))
+    at = torch.isin(ids[:, 1:], letters)
+    at[:, :7] = False
+    return float((model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:])[at].float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--documents", type=int, default=12_000, help="documents of text.jsonl")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    words = Words(arguments.seed)
+    tokenizer = tokenizer_of(words)
+    model = trained(words, tokenizer, arguments.steps, arguments.seed)
+    print(f"first letters right: {letters_right(model, tokenizer, words):.3f}")
+    model.save_pretrained(arguments.folder / "model")
+    tokenizer.save_pretrained(arguments.folder / "model")
+    texts = (words.spelling() if number % 2 else words.sentences() for number in range(arguments.documents))
+    (arguments.folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    labels = ({"text": word, "label": word[0]} for word in words.words)
+    (arguments.folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+
+
+if __name__ == "__main__":
+    main()
