@@ -11,6 +11,7 @@ with a few frequent words and many rare ones. A word is one token.
 import argparse
 import json
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-CLASSES, WORDS_PER_LETTER = 12, 60
+CLASSES, WORDS_PER_LETTER = 12, 40
 VOWELS, CONSONANTS = "aeiou", "bcdfghklmnprstvz"
 # As in SAEBench's prompts: ten examples, then the word that is asked for.
-LINES, LENGTH, BATCH = 11, 80, 32
+LINES, SENTENCE_WORDS, BATCH = 11, 32, 16
 SPECIAL = ["<unk>", "<bos>", "<pad>"]
 
 
@@ -59,7 +60,7 @@ class Words:
     def sentences(self) -> str:
         """Return words whose classes follow one another."""
         words, now = [], int(self.random.integers(CLASSES))
-        for _ in range(LENGTH):
+        for _ in range(SENTENCE_WORDS):
             weights = self.weights[now]
             words.append(self.words[self.random.choice(self.members[now], p=weights / weights.sum())])
             now = int(self.random.choice(CLASSES, p=self.next[now]))
@@ -76,8 +77,18 @@ def tokenizer_of(words: Words) -> PreTrainedTokenizerFast:
     )
 
 
+def rows_of(text: Callable[[], str], tokenizer: PreTrainedTokenizerFast, count: int = BATCH) -> torch.Tensor:
+    """Return token ids of texts of one length, each after BOS."""
+    return torch.tensor([[tokenizer.bos_token_id, *tokenizer(text())["input_ids"]] for _ in range(count)])
+
+
+def letters_in(ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Return a mask of the tokens that are letters."""
+    return torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(string.ascii_uppercase))))
+
+
 def trained(words: Words, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> GPT2LMHeadModel:
-    """Return a model of two layers, trained on as many lists as sentences."""
+    """Return a model of two layers, trained on three batches of lists to one of sentences."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -93,26 +104,25 @@ def trained(words: Words, tokenizer: PreTrainedTokenizerFast, steps: int, seed: 
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        texts = [words.spelling() if number % 2 else words.sentences() for number in range(BATCH)]
-        rows = [[tokenizer.bos_token_id, *ids][:LENGTH] for ids in tokenizer(texts)["input_ids"]]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-        loss = model(input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)).loss
+        lists = step % 4 > 0
+        ids = rows_of(words.spelling if lists else words.sentences, tokenizer)
+        # The words of a list follow by chance: only their letters can be learned.
+        labels = ids.where(letters_in(ids, tokenizer), -100) if lists else ids
+        loss = model(input_ids=ids, labels=labels).loss
         adam.zero_grad()
         loss.backward()
         adam.step()
         schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        if step % 100 == 99:
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     return model
 
 
 @torch.no_grad()
 def letters_right(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, words: Words, lists: int = 32) -> float:
     """Return the share of words, after the first of each list, whose letter is the likeliest token."""
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(words.spelling())["input_ids"]] for _ in range(lists)])
-    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(string.ascii_uppercase)))
-    at = torch.isin(ids[:, 1:], letters)
+    ids = rows_of(words.spelling, tokenizer, lists)
+    at = letters_in(ids[:, 1:], tokenizer)
     at[:, :7] = False
     return float((model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:])[at].float().mean())
 
@@ -120,7 +130,7 @@ def letters_right(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, wo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--documents", type=int, default=12_000, help="documents of text.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -169,6 +169,8 @@ def test_roles_of_a_chat_and_tokens_outside_the_mask_are_seen(tmp_path):
     about = ABOUT | {"n_latents": 1, "left_out": "roles other than assistant", "chat_template": "{{ messages }}"}
     dom, console = browse(tmp_path, render_features(about, [one]), "--dump-dom", fragment="#0")
     assert console == []
+    # What is grey is told at the top, and below the contexts.
+    assert "<dt>left out</dt><dd>roles other than assistant</dd>" in dom
     assert "leave them out (roles other than assistant)" in dom
     for line in re.findall(r'<p title="document 3">(.*?)</p>', dom):
         spans = re.findall(r"<span([^>]*)>([^<]*)</span>", line)

@@ -233,7 +233,7 @@ def test_the_routers_of_every_architecture_leave_out_what_is_off(tiny):
     """Wherever a site is found, an expert whose logit is minus infinity gets no token, and the same logits change nothing."""
     found = []
     for kind in tiny.KINDS:
-        if "expert" not in " ".join(tiny.tiny_config(kind).to_dict()):
+        if "expert" not in " ".join(tiny.tiny_config(kind).to_dict()) and kind != "dbrx":
             continue
         module = tiny.tiny_model(kind)
         model = LanguageModel(module, None, kind, None)
