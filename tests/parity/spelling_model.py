@@ -12,6 +12,7 @@ import argparse
 import json
 import string
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,9 @@ class Words:
             vowel = not vowel
         return letters
 
-    def spelling(self) -> str:
+    def spelling(self, lines: int = LINES) -> str:
         """Return a list of words with their first letters."""
-        words = [self.words[i] for i in self.random.choice(len(self.words), LINES, replace=False)]
+        words = [self.words[i] for i in self.random.choice(len(self.words), lines, replace=False)]
         return "\n".join(f"{word} has the first letter: {word[0].upper()}" for word in words)
 
     def sentences(self) -> str:
@@ -96,6 +97,7 @@ def trained(words: Words, tokenizer: PreTrainedTokenizerFast, steps: int, seed: 
         n_embd=64,
         n_layer=2,
         n_head=4,
+        initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.bos_token_id,
     )
@@ -105,7 +107,10 @@ def trained(words: Words, tokenizer: PreTrainedTokenizerFast, steps: int, seed: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         lists = step % 4 > 0
-        ids = rows_of(words.spelling if lists else words.sentences, tokenizer)
+        # Lists grow from one line: in a long one, a word is hard to find as long as attention is even.
+        lines = 1 + round((LINES - 1) * min(1.0, max(0.0, step / steps - 0.25) / 0.35))
+        text = partial(words.spelling, lines) if lists else words.sentences
+        ids = rows_of(text, tokenizer, BATCH * LINES // lines if lists else BATCH)
         # The words of a list follow by chance: only their letters can be learned.
         labels = ids.where(letters_in(ids, tokenizer), -100) if lists else ids
         loss = model(input_ids=ids, labels=labels).loss
@@ -114,7 +119,7 @@ def trained(words: Words, tokenizer: PreTrainedTokenizerFast, steps: int, seed: 
         adam.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1}: loss {loss.item():.3f}, lines {lines}", flush=True)
     return model
 
 
@@ -130,7 +135,7 @@ def letters_right(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, wo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--documents", type=int, default=12_000, help="documents of text.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
