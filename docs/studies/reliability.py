@@ -5,10 +5,10 @@
     python docs/studies/reliability.py models/stories3M --text TEXT.jsonl --pairs PAIRS.jsonl [--pairs ...]
 
 The label of a pair is whether the model prefers the answer on the clean prompt. Predictors (reliability_predictors.py) are
-attention entropy and attention on the tokens that decide the answer, confidence, the prompt's tokens, a linear probe after
-every block, and k latents, MLP neurons or dimensions. They are fitted on one half of the pairs and scored on the other: AUROC
-and point-biserial correlation with 95 % bootstrap intervals over pairs. The 5 neurons and the 5 latents of strongest
-correlation are then set to their means, beside random ones of the same blocks, to see whether errors hang on them.
+attention entropy and attention on the tokens that decide the answer, confidence, the prompt's tokens, the answer, a linear
+probe after every block, and k latents, MLP neurons or dimensions. They are fitted on one half of the pairs and scored on the
+other: AUROC and point-biserial correlation with 95 % bootstrap intervals over pairs. The 5 neurons and the 5 latents of
+strongest correlation are then set to their means, beside random ones of the same blocks, to see whether errors hang on them.
 
 The toy (flag_toy.py) has the known answer: one planted flag causes its errors. The embedded model makes no errors on its own
 tasks, so that it is asked harder ones (hard_prompts.py). Seeds draw prompts, halves and dictionaries (of a file, all pairs
@@ -63,7 +63,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "reliability.json"
 RUNS = Path("runs/reliability")
 # Pairs of the toy, and of each task of the embedded model.
-TOY_PAIRS, N_PAIRS = 1500, 1000
+TOY_PAIRS, N_PAIRS = 4000, 1000
 # Blocks of stories3M whose streams have dictionaries: a middle one and the last.
 LAYERS = [3, 5]
 # Units that are ablated together, and random draws of as many.

@@ -40,10 +40,11 @@ class Record:
     """Everything read from a model at the questions of some pairs, a row for each pair's clean prompt.
 
     ``entropy`` is that of every head's attention in nats, ``key_mass`` its weight on the tokens in which clean and corrupted
-    prompt differ: those that decide the answer. ``words`` counts the tokens of the prompt.
+    prompt differ: those that decide the answer. ``words`` counts the tokens of the prompt, ``answers`` are those asked for.
     """
 
     right: Bool[np.ndarray, " pairs"]
+    answers: Columns
     entropy: Columns
     key_mass: Columns
     margin: Columns
@@ -108,6 +109,7 @@ def _batch(
     drawn = torch.multinomial(chances, SAMPLES, replacement=True, generator=draw)
     found = {
         "right": pairs.right(trace.logits),
+        "answers": torch.tensor([question.answers[0] for [question] in pairs.questions])[:, None],
         "entropy": torch.special.entr(patterns).sum(-1),
         "key_mass": (patterns * keys[:, None]).sum(-1),
         "margin": _leads(pairs, logits).abs()[:, None],
@@ -190,6 +192,16 @@ def regression(fit: Columns, right: np.ndarray, judged: Columns, penalties: Sequ
     return logistic(fit, right, best).scores(judged)
 
 
+def answer_rates(fit: Record, judged: Record, prior: float = 5.0) -> np.ndarray:
+    """Return how often the model is right, on the half that fits, if this answer is asked for; the control of a mere bias.
+
+    Args:
+        prior: Number of pairs that the rate of all answers counts for.
+    """
+    same = judged.answers == fit.answers.T
+    return (same @ fit.right + prior * fit.right.mean()) / (same.sum(1) + prior)
+
+
 def predictions(fit: Record, judged: Record, latents: tuple[Columns, Columns] | None) -> list[Scored]:
     """Return the scores of every predictor, fitted on one half of the pairs and applied to the other.
 
@@ -208,6 +220,7 @@ def predictions(fit: Record, judged: Record, latents: tuple[Columns, Columns] | 
     both = [np.concatenate([half.entropy, half.key_mass], axis=1) for half in (fit, judged)]
     found += [
         Scored("attention, all heads", "attention", regression(both[0], right, both[1])),
+        Scored("the answer asked for", "text", answer_rates(fit, judged)),
         Scored("logit margin", "confidence", judged.margin[:, 0]),
         Scored("largest probability", "confidence", judged.top_probability[:, 0]),
         Scored(f"agreement of {SAMPLES} samples", "confidence", judged.agreement[:, 0]),

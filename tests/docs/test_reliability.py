@@ -54,7 +54,7 @@ def test_probes_and_latents_find_the_flag_and_attention_does_not(toy):
     assert auroc["1 latent"]["r_low"] > 0.95
     # Neither attention, confidence nor single tokens know of it: within four standard errors of 300 pairs.
     blind = [p for p in auroc.values() if p["kind"] in ("attention", "confidence", "text")]
-    assert len(blind) == 9
+    assert len(blind) == 10
     assert all(abs(p["auroc"] - 0.5) < 0.14 for p in blind), blind
     assert auroc["probe before the blocks"]["auroc"] == 0.5
 
