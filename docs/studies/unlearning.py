@@ -380,27 +380,46 @@ def shown(values: Sequence[float | None], places: int) -> str:
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
 
 
+def with_increases(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with the increase of each cross-entropy over that of the same seed's model before."""
+    before = {row["seed"]: row for row in rows if row["arm"] == "before"}
+    return [row | {f"{ce}_more": row[ce] - before[row["seed"]][ce] for ce in ("ce_rest", "ce_passages")} for row in rows]
+
+
 def print_tables(rows: Sequence[Row]) -> None:
     """Print the tables of docs/unlearning.md."""
     columns = {
         "steps": 0,
+        "pronoun_share": 3,
         "pronoun_accuracy": 3,
-        "pronoun_distance": 3,
         "agreement": 3,
         "others": 3,
-        "ce_rest": 3,
-        "ce_passages": 3,
+        "ce_rest_more": 3,
+        "ce_passages_more": 3,
         "relearned": 0,
     }
+    rows = with_increases(rows)
+    arms = {
+        key: [row for row in rows if (row["arm"], row["grain"]) == key] for row in rows if (key := (row["arm"], row["grain"]))
+    }
     print("| arm | weights | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
-    for arm, grain in dict.fromkeys((row["arm"], row["grain"]) for row in rows):
-        own = [row for row in rows if (row["arm"], row["grain"]) == (arm, grain)]
+    for key, own in arms.items():
         cells = [shown([row.get(name) for row in own], places) for name, places in columns.items()]
-        print(f"| {arm} | {grain} | {' | '.join(cells)} |")
+        print(f"| {' | '.join(key)} | {' | '.join(cells)} |")
+    compared = ("agreement", "others", "ce_rest_more", "ce_passages_more", "relearned")
+    print("\n| circuits less | weights | " + " | ".join(compared) + " |\n|" + "---|" * (len(compared) + 2))
+    for grain in GRAINS:
+        for other in (("uniform", "all weights"), ("random units", grain)):
+            pairs = list(zip(arms["circuits", grain], arms[other], strict=True))
+            cells = [
+                shown([None if None in (one[name], two[name]) else one[name] - two[name] for one, two in pairs], columns[name])
+                for name in compared
+            ]
+            print(f"| {other[0]} | {grain} | {' | '.join(cells)} |")
     print("\n| grain | " + " | ".join(ROLES[1:]) + " | none |\n|" + "---|" * 5)
     for grain in GRAINS:
-        own = [row for row in rows if row["grain"] == grain and row["arm"] == "circuits"]
-        print(f"| {grain} | {' | '.join(shown([row[role] for row in own], 1) for role in (*ROLES[1:], ROLES[0]))} |")
+        own = arms["circuits", grain]
+        print(f"| {grain} | {' | '.join(shown([row[role] for row in own], 0) for role in (*ROLES[1:], ROLES[0]))} |")
 
 
 def main() -> None:
