@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
     from .eval.result import Features, Report
+    from .eval.steer.run import steer
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
     from .training.activations.model import LanguageModel
@@ -87,6 +88,7 @@ __all__ = [
     "render",
     "sae",
     "similarity",
+    "steer",
     "train",
     "training",
     "transcoders",
@@ -119,6 +121,7 @@ _HOMES = {
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",
     "eval.result": "Features Report",
+    "eval.steer.run": "steer",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -357,7 +360,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "similarity", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "steer", "compare", "similarity", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

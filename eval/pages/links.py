@@ -24,9 +24,10 @@ PLACES = {
     "graph": ("graph/graph.html", "graph.html"),
     "probing": ("probing/probing.html", "probing.html"),
     "diff": ("diff/diff.html", "diff.html"),
+    "steer": ("steer/steer.html", "steer.html"),
 }
 # Page -> command that makes it of one checkpoint.
-COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff"}
+COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "steer": "steer"}
 FOLDERS = {Path(places[0]).parent.name for places in PLACES.values()} - {""}
 COMPARISON, RECIPE = "comparison", "recipe.yaml"
 # A comparison of recipes lies this many folders above its runs at most: OUT/RECIPE/seed-0.
@@ -116,6 +117,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["--tokens", tokens] if tokens else []
         words += ["--labels", result["labels"]] if result.get("labels") else []
         words += ["--difference-sae"] if result.get("difference_sae_asked") else []
+        words += _steer_options(result) if label == "steer" else []
     elif label in ("circuits", "circuit comparison") and (result.get("checkpoints") or result.get("models")):
         words += ["circuits", *result["checkpoints"]]
         words += [word for model in _named_models(result) for word in ("--model", model)]
@@ -133,9 +135,17 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["compare", *(run["directory"] for run in result["runs"])]
     else:
         return ""
-    seeded = ("circuits", "circuit comparison", "probing", "diff")
+    seeded = ("circuits", "circuit comparison", "probing", "diff", "steer")
     words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
+
+
+def _steer_options(result: Mapping[str, Any]) -> list[Any]:
+    words = ["--towards", result["towards"], "--from", result["from"]]
+    words += ["--neutral", result["neutral"]] if result.get("neutral") else []
+    words += ["--tokens", ",".join(result["tokens_given"])] if result.get("tokens_given") else []
+    words += [word for prompt in result.get("prompts_given") or () for word in ("--prompt", prompt)]
+    return [*words, "--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
 
 
 def _named_models(result: Mapping[str, Any]) -> list[str]:
