@@ -19,7 +19,7 @@ CORE = {"torch", "safetensors", "numpy", "jaxtyping", "huggingface_hub", *sys.st
 MORE = {"sae.kernels": {"numba", "triton"}, "sae.formats": {"ruamel"}}
 # Whom these are met by only; nothing is unpickled anywhere.
 ONLY = {
-    "transformers": re.compile(r"(.*\.)?model|training\.embedded\..*"),
+    "transformers": re.compile(r"(.*\.)?model_source|training\.embedded\..*"),
     "wandb": re.compile(r"training\.report"),
     "pickle": re.compile("nowhere"),
     "dill": re.compile("nowhere"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparsary.sae import ENCODERS, SparseCode
-from sparsary.training.activations.model import load_tokenizer
+from sparsary.training.activations.model_source import load_tokenizer
 from sparsary.training.recipe import ModelSection
 from sparsary.training.recipe.grid import load_grid
 from sparsary.training.resolve_hooks import dictionary_arguments, resolve_recipes

@@ -18,8 +18,12 @@ app = typer.Typer()
 @reads_dictionaries
 def _steer(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id of an SAE.")],
-    towards: Annotated[str, typer.Option(metavar="FILE", help="Text to write like (.txt, .jsonl, .parquet).")],
-    away_from: Annotated[str, typer.Option("--from", metavar="FILE", help="Text to write like no longer.")],
+    towards: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text to write like (.txt, .jsonl, .parquet); required.")
+    ] = None,
+    away_from: Annotated[
+        str | None, typer.Option("--from", metavar="FILE", help="Text to write like no longer; required.")
+    ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Target tokens, separated by commas. Default: those more frequent in --towards."),
@@ -47,6 +51,9 @@ def _steer(
     from ..steer.run import STRENGTHS, steer
     from ..steer.summary import steer_summary, steer_table
 
+    if towards is None or away_from is None:
+        missing = "--from" if away_from is None else "--towards"
+        raise ValueError(f"{missing}: expected a file, got none. Give both texts: --towards FILE --from FILE.")
     found = steer(
         checkpoint,
         towards,

@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ...sae.suggestions import did_you_mean
-from ..recipe.validation import SITES
+from ..recipe.hook_names import SITES
 from .dataflow import Dataflow
 from .hooked_model import HookedModel
 
@@ -94,11 +94,11 @@ def find_block(module: nn.Module, layer: int) -> BlockPaths:
             f"dictionary.layer: expected 0 to {len(paths) - 1}, as the model has {len(paths)} blocks, got {layer}."
         )
     if module not in _found:
-        _found[module] = _connected(module, [_named_parts(module, path) for path in paths])
+        _found[module] = _connected(module, [named_parts(module, path) for path in paths])
     return _found[module][layer]
 
 
-def _named_parts(module: nn.Module, path: str) -> BlockPaths:
+def named_parts(module: nn.Module, path: str) -> BlockPaths:
     """Return the parts of a block that are recognized by name."""
     block = module.get_submodule(path)
     children = {name for name, _ in block.named_modules() if name}

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer
 from safetensors import safe_open
 
 import sparsary
 from sparsary.eval.checkpoint import open_checkpoint, with_model
+from sparsary.eval.commands.steer import app
 from sparsary.eval.steer.edits import FIRST as FIRST_POSITION
 from sparsary.eval.steer.edits import NO_EDIT, Edit, SteeredModel
 from sparsary.eval.steer.run import LATENT_EDIT, MEAN, RAISED, steer
@@ -271,3 +273,11 @@ def test_halves_share_no_document(subject, texts):
     choosing, reporting = (set(map(tuple, half)) for half in task.towards)
     assert len(choosing) + len(reporting) == len(choosing | reporting) == 60
     assert task.neutral is task.towards
+
+
+def test_the_command_wants_both_texts(tmp_path):
+    command = typer.main.get_command(app)
+    with pytest.raises(ValueError, match="--from: expected a file, got none. Give both texts: --towards FILE --from FILE"):
+        command(["runs/none", "--towards", "a.txt"], standalone_mode=False)
+    with pytest.raises(ValueError, match="--strengths: expected numbers separated by commas, got '1,x'"):
+        command(["runs/none", "--towards", "a.txt", "--from", "b.txt", "--strengths", "1,x"], standalone_mode=False)
