@@ -12,7 +12,7 @@ from scipy import sparse, stats
 from ..features.records import number
 from ..probing.subject import ProbeTarget
 from .edits import FIRST
-from .texts import Rows, batches
+from .texts import Rows, padded_batches
 
 # Latents whose ranks are computed at once.
 COLUMNS_AT_ONCE = 4096
@@ -60,7 +60,7 @@ def document_codes(subject: ProbeTarget, rows: Rows) -> DocumentCodes:
     positions = max(map(len, rows)) - FIRST
     sums, counts = np.zeros((positions, width)), np.zeros(positions, dtype=np.int64)
     parts: list[sparse.csr_array] = []
-    for ids, places, sizes in batches(rows, 0):
+    for ids, places, sizes in padded_batches(rows, 0):
         seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float()
         for line, (place, size) in enumerate(zip(places.tolist(), sizes, strict=True)):
             x = seen[line, FIRST:size]

@@ -15,7 +15,7 @@ from ..features.records import number
 from ..probing.probes import LinearProbe, logistic
 from ..undefined import settled
 from .edits import FIRST, NO_EDIT, Edit, SteeredModel
-from .texts import Rows, TokenSets, batches
+from .texts import Rows, TokenSets, padded_batches
 
 # Name of an edit, and its strength.
 Setting = tuple[Edit, float]
@@ -117,7 +117,7 @@ def costs(steered: SteeredModel, rows: Rows, settings: Iterable[Setting], paddin
     """
     settings = list(settings)
     sums = [ByDocument(("tokens", "kl", "predicted", "nll", "nll_clean")) for _ in settings]
-    for ids, places, sizes in batches(rows, padding):
+    for ids, places, sizes in padded_batches(rows, padding):
         clean = steered.logits(ids, NO_EDIT, 0.0).log_softmax(-1)
         # The last token has no next one, but a prediction that may change.
         owners = torch.full(ids.shape, -1)

@@ -25,7 +25,7 @@ from .codes import DocumentCodes, document_codes, position_differences, record_o
 from .edits import FIRST, NO_EDIT, Edit, random_edit
 from .export import export_vector, require_exportable
 from .outcomes import costs, log_mass, masses, success
-from .task import PROMPTS, SteerTask, prompt_ids, steer_task, steered_subject
+from .task import PROMPTS, SteerTask, given_prompt_ids, steer_task, steered_subject
 from .texts import Text, prompts_of
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def steer(
     layer = None if export is None else require_exportable(subject, Path(export))
     task = steer_task(subject, towards, away_from, neutral, tokens, documents, seed)
     prompts = list(prompts)
-    given = [torch.tensor([prompt_ids(task, prompt)]) for prompt in prompts]
+    given = [torch.tensor([given_prompt_ids(task, prompt)]) for prompt in prompts]
     directory = Path(out) if out is not None else opened.results / "steer"
     entries, edits = steer_entries(task, given, strengths, latents, most_kl)
     _enter_labels(opened, entries["latents"])

@@ -16,13 +16,13 @@ from ..probing.subject import ProbeTarget, probe_source, probe_target
 from .edits import FIRST, SteeredModel
 from .outcomes import TokenClassifier
 from .texts import (
-    Halves,
     Lengths,
     Rows,
     Text,
+    TextHalves,
     TokenSets,
+    document_halves,
     frequent_tokens,
-    halves,
     lengths,
     prompts_of,
     read_rows,
@@ -40,9 +40,9 @@ class SteerTask:
     subject: ProbeTarget
     steered: SteeredModel
     sizes: Lengths
-    towards: Halves
-    away_from: Halves
-    neutral: Halves
+    towards: TextHalves
+    away_from: TextHalves
+    neutral: TextHalves
     sets: TokenSets
     classifier: TokenClassifier
     padding: int
@@ -98,7 +98,7 @@ def steer_task(
         if text is not None:
             read[option] = read_rows(text, option, section, tokenizer, documents, longest)
     require_distinct(read["--towards"], read["--from"])
-    split = {option: halves(rows, seed) for option, rows in read.items()}
+    split = {option: document_halves(rows, seed) for option, rows in read.items()}
     steered = SteeredModel(subject, seed)
     vocabulary = subject.model.logits(torch.zeros((1, 1), dtype=torch.long, device=subject.model.device)).shape[-1]
     special = [token for token in tokenizer.all_special_ids if token < vocabulary]
@@ -117,7 +117,7 @@ def steer_task(
     return SteerTask(subject, steered, sizes, a, b, split.get("--neutral", a), sets, classifier, padding_id(tokenizer))
 
 
-def prompt_ids(task: SteerTask, prompt: str) -> list[int]:
+def given_prompt_ids(task: SteerTask, prompt: str) -> list[int]:
     """Return the token ids of a prompt, behind BOS if the texts are.
 
     Raises:

@@ -29,7 +29,7 @@ FREQUENCY_RATIO, STANDARD_ERRORS = 4.0, 1.96
 BATCH_DOCUMENTS = 16
 
 
-class Halves(NamedTuple):
+class TextHalves(NamedTuple):
     """Documents of a text as token ids: the half that latents and strengths are chosen on, and the one that is reported on."""
 
     choosing: Rows
@@ -95,11 +95,11 @@ def require_distinct(towards: Rows, away_from: Rows) -> None:
         raise ValueError(f"--towards and --from: expected two different texts, got some of one in the other: {both}.")
 
 
-def halves(rows: Rows, seed: int) -> Halves:
+def document_halves(rows: Rows, seed: int) -> TextHalves:
     """Return a random half of the documents, and the other one."""
     order = np.random.default_rng(seed).permutation(len(rows))
     middle = len(rows) // 2
-    return Halves([rows[place] for place in order[:middle]], [rows[place] for place in order[middle:]])
+    return TextHalves([rows[place] for place in order[:middle]], [rows[place] for place in order[middle:]])
 
 
 def counts_of(rows: Rows, vocabulary: int, special: Iterable[int]) -> Float[np.ndarray, " vocabulary"]:
@@ -154,7 +154,7 @@ def prompts_of(rows: Rows, length: int, most: int, option: str) -> Int[Tensor, "
     return torch.tensor(found)
 
 
-def batches(rows: Rows, padding: int) -> Iterable[tuple[Int[Tensor, "contexts positions"], np.ndarray, list[int]]]:
+def padded_batches(rows: Rows, padding: int) -> Iterable[tuple[Int[Tensor, "contexts positions"], np.ndarray, list[int]]]:
     """Yield documents of similar length together: token ids padded on the right, their numbers, and their lengths."""
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     for start in range(0, len(order), BATCH_DOCUMENTS):

@@ -277,7 +277,7 @@ def test_halves_share_no_document(subject, texts):
 
 def test_the_command_wants_both_texts(tmp_path):
     command = typer.main.get_command(app)
-    with pytest.raises(ValueError, match="--from: expected a file, got none. Give both texts: --towards FILE --from FILE"):
+    with pytest.raises(ValueError, match=r"--from: expected a file, got none\. Give both texts: --towards FILE --from FILE"):
         command(["runs/none", "--towards", "a.txt"], standalone_mode=False)
     with pytest.raises(ValueError, match="--strengths: expected numbers separated by commas, got '1,x'"):
         command(["runs/none", "--towards", "a.txt", "--from", "b.txt", "--strengths", "1,x"], standalone_mode=False)
