@@ -2,8 +2,8 @@
 
 import typer
 
-from .commands import circuits, compare, evaluate, features, files, probe, steer
+from .commands import circuits, compare, evaluate, features, files, name, probe, select, steer
 
 app = typer.Typer()
-for group in (evaluate, features, probe, circuits, steer, compare, files):
+for group in (evaluate, features, name, probe, select, steer, circuits, compare, files):
     app.add_typer(group.app)

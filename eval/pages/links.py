@@ -24,10 +24,14 @@ PLACES = {
     "graph": ("graph/graph.html", "graph.html"),
     "probing": ("probing/probing.html", "probing.html"),
     "diff": ("diff/diff.html", "diff.html"),
+    "names": ("names/names.html", "names.html"),
+    "select": ("select/select.html", "select.html"),
     "steer": ("steer/steer.html", "steer.html"),
 }
 # Page -> command that makes it of one checkpoint.
-COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "steer": "steer"}
+COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "names": "name", "steer": "steer"}
+# Options of `sparsary select` that are named where they differ.
+SELECT_DEFAULTS = {"keep": 0.05, "by": "latents", "pooling": "max", "top": 256, "column": "text", "truth": None}
 FOLDERS = {Path(places[0]).parent.name for places in PLACES.values()} - {""}
 COMPARISON, RECIPE = "comparison", "recipe.yaml"
 # A comparison of recipes lies this many folders above its runs at most: OUT/RECIPE/seed-0.
@@ -116,8 +120,15 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         tokens = result.get("tokens_asked")
         words += ["--tokens", tokens] if tokens else []
         words += ["--labels", result["labels"]] if result.get("labels") else []
+        words += ["--vectors", result["vectors"]] + ["--center"] * result["center"] if result.get("vectors") else []
         words += ["--difference-sae"] if result.get("difference_sae_asked") else []
         words += _steer_options(result) if label == "steer" else []
+    elif label == "select" and checkpoint:
+        words += ["select", checkpoint, "--pool", result["pool"], "--like", result["like"]]
+        words += [
+            word for key, default in SELECT_DEFAULTS.items() if result[key] != default for word in (f"--{key}", result[key])
+        ]
+        words += ["--diverse"] if result["diverse"] else []
     elif label in ("circuits", "circuit comparison") and (result.get("checkpoints") or result.get("models")):
         words += ["circuits", *result["checkpoints"]]
         words += [word for model in _named_models(result) for word in ("--model", model)]
@@ -135,7 +146,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["compare", *(run["directory"] for run in result["runs"])]
     else:
         return ""
-    seeded = ("circuits", "circuit comparison", "probing", "diff", "steer")
+    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", "steer")
     words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
 

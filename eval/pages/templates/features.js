@@ -143,6 +143,8 @@ function head(i, latent) {
     box.append(make('p', 'said', make('span', 'label', 'explanation: '), latent.explanation.text,
       make('span', 'note', scores ? '  ' + scores : '')));
   }
+  if (latent.name) box.append(make('p', 'said', make('span', 'label', 'name: '), latent.name[0],
+    make('span', 'note', '  cosine ' + number(latent.name[1]) + ', margin ' + number(latent.name[2]))));
   return box;
 }
 async function show(i) {
