@@ -26,9 +26,10 @@ PLACES = {
     "diff": ("diff/diff.html", "diff.html"),
     "names": ("names/names.html", "names.html"),
     "select": ("select/select.html", "select.html"),
+    "steer": ("steer/steer.html", "steer.html"),
 }
 # Page -> command that makes it of one checkpoint.
-COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "names": "name"}
+COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "names": "name", "steer": "steer"}
 # Options of `sparsary select` that are named where they differ.
 SELECT_DEFAULTS = {"keep": 0.05, "by": "latents", "pooling": "max", "top": 256, "column": "text", "truth": None}
 FOLDERS = {Path(places[0]).parent.name for places in PLACES.values()} - {""}
@@ -126,6 +127,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["--labels", result["labels"]] if result.get("labels") else []
         words += ["--vectors", result["vectors"]] + ["--center"] * result["center"] if result.get("vectors") else []
         words += ["--difference-sae"] if result.get("difference_sae_asked") else []
+        words += _steer_options(result) if label == "steer" else []
     elif label == "select" and checkpoint:
         words += ["select", checkpoint, "--pool", result["pool"], "--like", result["like"]]
         words += [
@@ -151,9 +153,17 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += [SIMILARITY, *result["checkpoints"], "--tokens", result["tokens"]]
     else:
         return ""
-    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", SIMILARITY)
+    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", "steer", SIMILARITY)
     words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
+
+
+def _steer_options(result: Mapping[str, Any]) -> list[Any]:
+    words = ["--towards", result["towards"], "--from", result["from"]]
+    words += ["--neutral", result["neutral"]] if result.get("neutral") else []
+    words += ["--tokens", ",".join(result["tokens_given"])] if result.get("tokens_given") else []
+    words += [word for prompt in result.get("prompts_given") or () for word in ("--prompt", prompt)]
+    return [*words, "--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
 
 
 def _named_models(result: Mapping[str, Any]) -> list[str]:
