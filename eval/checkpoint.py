@@ -28,10 +28,11 @@ from ..sae.formats.hooks import architecture_of, to_module
 from ..sae.one_site import OneSiteDictionary
 from ..sae.tiled_scores import largest_of_batch
 from ..training.activations.memory_models import PREFIX
-from ..training.activations.model import LanguageModel, section_content
+from ..training.activations.model import LanguageModel
+from ..training.activations.model_source import section_content
 from ..training.content import model_problems, text_problems
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
-from ..training.recipe.validation import explain
+from ..training.recipe.messages import explain
 from ..training.text import Cursor
 from ..transcoders.load import NO_OPTIONS, CheckpointOptions, Provenance, find
 from ..transcoders.stack import Stack, hooks_of_provenance, is_stack, stack_folders

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparsary.sae import ENCODERS, SparseCode
-from sparsary.training.activations.model import load_tokenizer
+from sparsary.training.activations.model_source import load_tokenizer
 from sparsary.training.recipe import ModelSection
 from sparsary.training.recipe.grid import load_grid
 from sparsary.training.resolve_hooks import dictionary_arguments, resolve_recipes
@@ -32,6 +32,8 @@ CONFIGS = {
         "GPTNeoXConfig",
         {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
     ),
+    # Made by a command that the recipe names.
+    "runs/embedded/bilingual": ("GPT2Config", {"n_embd": 128, "n_layer": 4, "n_head": 4}),
     "models/stories3M": (
         "LlamaConfig",
         {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 512},

@@ -13,7 +13,7 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import build_encoder
 from ..sae.ranks import Shards
 from .recipe import Recipe
-from .recipe.validation import with_budget
+from .recipe.encoder_checks import with_budget
 
 # Tensors of a dictionary with one row per latent, whatever the last part of a name says of them (Adam's moments).
 MATRICES = ("W_enc", "b_enc", "W_dec")

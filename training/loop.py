@@ -1,6 +1,8 @@
 """The training loop, for one dictionary or for several that share their batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -8,6 +10,7 @@ from accelerate import Accelerator
 from ..sae import SparseDictionary
 from .activations.stream import ActivationBatch, ActivationStream
 from .checkpoints import Checkpoints
+from .lanes import Lanes
 from .objective import Objective, Terms, combine
 from .optim import Schedule
 from .processes import beat
@@ -63,16 +66,42 @@ def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest)
         NotFinite: If a member's loss is not finite. Its last good state is kept; the other members are saved.
     """
     failures: list[str] = []
-    while not failures and not all(group.done for group in groups) and not stop.requested:
-        for group in (group for group in groups if not group.done):
-            members = [member for member in group.in_step if not member.done]
-            batch = next(group.stream).to(accelerator.device)
-            terms = [step(member, batch, accelerator) for member in members]
-            for member, shown in zip(members, terms, strict=True):
-                failures += record(member, shown, group.stream)
+    with Lanes(most_lanes(groups, accelerator)) as lanes:
+        while not failures and not all(group.done for group in groups) and not stop.requested:
+            due = [turn for group in groups if not group.done for turn in turns(group, accelerator)]
+            terms = lanes.run([partial(step, turn.member, turn.batch, accelerator) for turn in due])
+            for turn, shown in zip(due, terms, strict=True):
+                failures += record(turn.member, shown, turn.stream)
     save_moved(groups)
     if failures:
         raise NotFinite("\n".join(failures))
+
+
+@dataclass(frozen=True)
+class MemberStep:
+    """A member's next step: the member, its batch and the stream that the batch is from."""
+
+    member: TrainedMember
+    batch: ActivationBatch
+    stream: ActivationStream
+
+
+def turns(group: Group, accelerator: Accelerator) -> list[MemberStep]:
+    """Take the next batch of a group, and return the steps that its members take with it."""
+    members = [member for member in group.in_step if not member.done]
+    batch = next(group.stream).to(accelerator.device)
+    return [MemberStep(member, batch, group.stream) for member in members]
+
+
+def most_lanes(groups: Sequence[Group], accelerator: Accelerator) -> int:
+    """Return how many members may step at the same time.
+
+    It is one if they share a language model, a GPU, or messages to other processes. Members that are done count: a resumed run
+    has as many lanes as before, and so rounds as before.
+    """
+    members = [member for group in groups for member in group.members]
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    return len(members) if alone and not any(member.recipe.uses_kl for member in members) else 1
 
 
 def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator) -> Terms:

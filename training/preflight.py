@@ -14,7 +14,8 @@ from ..sae.encoders import build_encoder
 from ..sae.penalised import Penalised
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
-from .activations.model import RemoteCodeRefused, require_quantization, resolve_device
+from .activations.model import resolve_device
+from .activations.model_source import RemoteCodeRefused, require_quantization
 from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .calibrate import calibration_shortfall
@@ -24,8 +25,8 @@ from .locks import existing_parent, require_writable
 from .memory import free_bytes
 from .optim import lr_share
 from .recipe import Recipe, calibrated_on, total_steps
+from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
-from .recipe.validation import with_budget
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 from .shortfalls import Shortfall, shortfall, shortfalls_together

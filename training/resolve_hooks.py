@@ -10,16 +10,18 @@ from typing import Any
 from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
-from .activations.model import LanguageModel, each_model, load_model, load_model_for, load_tokenizer, section_content, skeleton
+from .activations.model import LanguageModel, each_model, load_model, load_model_for, skeleton
+from .activations.model_source import load_tokenizer, section_content
 from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .activations.vector_files import VectorFiles
 from .content import Content
 from .mlp_start import mlp_source
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
+from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
+from .recipe.hook_names import theirs, unharvested
 from .recipe.schema import MLP_START
-from .recipe.validation import theirs, unharvested, with_budget
 from .start_source import StartSource, read_start, with_start
 from .transformer_lens_hooks import hooks_named, with_module_hooks
 

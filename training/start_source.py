@@ -15,7 +15,8 @@ from .activations.stream import ActivationBatch
 from .checkpoints import RECIPE_FILE
 from .content import Content, file_digest
 from .recipe import DictionarySection, Recipe, check_recipe, parse_yaml
-from .recipe.validation import check_together, missing_budget
+from .recipe.encoder_checks import missing_budget
+from .recipe.validation import check_together
 from .state import STATE_FILE
 
 # Encoders that reproduce published dictionaries, and the trainable encoder with the same rule of selection.

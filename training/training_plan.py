@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from .activations.model import resolve_device
 from .recipe import PhaseSection, Recipe
 from .recipe.grid import Grid, told_together
 from .resolve_hooks import ResolvedRecipe
@@ -195,8 +198,11 @@ def _quantized(recipe: Recipe) -> str:
 
 
 def memory_together(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
-    """Return the bytes needed by all members: they step one at a time, and share streams."""
-    return sum(plan.weights_bytes for plan in plans) + max(plan.working_bytes for plan in plans) + stream_memory(recipes, plans)
+    """Return the bytes needed by all members: on a CPU as many step at a time as there are threads, and they share streams."""
+    on_cpu = resolve_device(recipes[0].recipe.model.device).type == "cpu"
+    at_once = torch.get_num_threads() if on_cpu and not any(member.recipe.uses_kl for member in recipes) else 1
+    working = sorted((plan.working_bytes for plan in plans), reverse=True)[:at_once]
+    return sum(plan.weights_bytes for plan in plans) + sum(working) + stream_memory(recipes, plans)
 
 
 def stream_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:

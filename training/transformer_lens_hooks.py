@@ -6,7 +6,7 @@ from ..sae.formats.hooks import architecture_of, to_module
 from .activations.model import LanguageModel
 from .activations.sites import site_hooks
 from .recipe import Recipe
-from .recipe.validation import PLACES, SITES, theirs
+from .recipe.hook_names import PLACES, SITES, theirs
 
 log = logging.getLogger(__name__)
 _told: list[str] = []

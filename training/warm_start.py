@@ -31,7 +31,7 @@ from ..transcoders.cross_layer import CrossLayerTranscoder
 from .activations.stream import ActivationBatch, ActivationStream
 from .initialize import apart, geometric_median, set_scales
 from .recipe import Recipe
-from .recipe.validation import with_budget
+from .recipe.encoder_checks import with_budget
 from .resolve_hooks import dictionary_arguments
 from .start_source import StartSource
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from ...sae.dictionary import SparseDictionary
 from ...sae.files import file_crc32, replacing, write_json
-from ...training.activations.model import LanguageModel, RemoteCodeRefused, each_model, load_model
+from ...training.activations.model import LanguageModel, each_model, load_model
 from ...training.activations.model_pair import NAMES
+from ...training.activations.model_source import RemoteCodeRefused
 from ...training.bad_rows import counted
 from ...training.chats import template_text
 from ...training.recipe import HarvestSection, ModelSection, TextSection

@@ -4,6 +4,7 @@ from .affine_baseline import LinearFloor
 from .base import MetricGroup
 from .dark_matter.metrics import ErrorCost, ErrorSplit
 from .downstream import SplicedModel
+from .native_sparsity import NativeSparsity
 from .prefixes import Prefixes
 from .reconstruction import Reconstructed
 from .redundancy import Redundancy
@@ -16,6 +17,7 @@ GROUPS: tuple[type[MetricGroup], ...] = (
     Redundancy,
     Prefixes,
     SplicedModel,
+    NativeSparsity,
     ErrorSplit,
     ErrorCost,
 )

@@ -8,7 +8,7 @@ To add a metric, subclass ``MetricGroup``, list the class in ``eval.metrics.GROU
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -121,6 +121,14 @@ class MetricGroup(ABC):
     def document_sums(self) -> ByDocument | None:
         """Per-document sums that determine the figures, kept to compare several runs; ``None`` if there are none."""
         return None
+
+    @property
+    def token_figures(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Functions that reduce the tensor at a hook to one number per token, ``(contexts, positions)``, in the scoring passes.
+
+        Their values are ``passage.token_figure(hook)``: for hooks whose tensors are too many or too wide to keep.
+        """
+        return {}
 
     @abstractmethod
     def fit(self, piece: DictionaryOutputs) -> None:

@@ -1,6 +1,6 @@
 """Model outputs shared by all metrics: activations, logits, and predictions with a reconstruction spliced in."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -46,7 +46,8 @@ class ModelOutputs:
 
     Rows are the kept positions in text order; predictions are the counted ones, i.e. kept positions whose next token belongs to
     the same document. A context with a non-finite activation at a kept position (e.g. half-precision overflow) is dropped as a
-    whole, because the model's outputs on it are not finite either; ``bad`` counts such tokens.
+    whole, because the model's outputs on it are not finite either; ``bad`` counts such tokens. ``figures`` reduce the tensor at
+    a hook to one number per token while the unmodified model runs.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class ModelOutputs:
         hooks: tuple[str, ...],
         with_logits: bool,
         bad: BadTokens | None = None,
+        figures: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ):
         self.model, self.hooks, self._with_logits, self._given = model, hooks, with_logits, piece
         self._bad = BadTokens(HarvestSection()) if bad is None else bad
+        self._figures, self._of_tokens = figures or {}, dict[str, Tensor]()
         self._rows: dict[str, Tensor] = {}
         self._variants: dict[Hashable, Predictions] = {}
 
@@ -66,7 +69,12 @@ class ModelOutputs:
     def _seen(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         if not self._with_logits:
             return None, self.model.activations(self._given.token_ids, self.hooks)
-        return logits_and_activations(self.model, self._given.token_ids, self.hooks)
+        with self.model.hooked({hook: self._reducing(hook) for hook in self._figures}):
+            return logits_and_activations(self.model, self._given.token_ids, self.hooks)
+
+    def _reducing(self, hook: str) -> Callable[[Tensor], None]:
+        # A reader that returned a tensor would replace the model's.
+        return lambda x: self._of_tokens.update({hook: self._figures[hook](x)})
 
     @cached_property
     def piece(self) -> TextBatch:
@@ -137,6 +145,11 @@ class ModelOutputs:
         if hook not in self._rows:
             self._rows[hook] = self._seen[1][hook][self.piece.kept].float()
         return self._rows[hook]
+
+    def token_figure(self, hook: str) -> Float[Tensor, " tokens"]:
+        """Return the number that ``figures`` make of the unmodified model's tensor at a hook, of each row."""
+        kept = self.piece.kept
+        return self._of_tokens[hook][kept]
 
     def gradients(self, hook: str) -> Float[Tensor, "tokens width"]:
         """Return the gradient of the summed next-token loss at a hook."""

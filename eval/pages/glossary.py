@@ -166,6 +166,11 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "ce_recovered_resample_low": "Lower end of the confidence interval of ce_recovered_resample.",
         "ce_recovered_resample_high": "Upper end of the same interval.",
     },
+    "Sparsity of the language model": {
+        "mlp_active_share": "Fraction of the model's own MLP neurons with a nonzero activation, mean over scored tokens, by "
+        "layer: the sparsity that the model has without a dictionary. Measured where the activation function, or the gate that "
+        "multiplies the neurons, is zero below zero (ReLU, squared ReLU); null elsewhere (GELU, SiLU).",
+    },
     "Error, linear and nonlinear": {
         "fvu_total": "fvu on the tokens that score the regression: linear plus nonlinear error.",
         "fvu_nonlinear": "fvu_total that remains after a linear map of the dictionary's input, fitted on other data, has "

@@ -70,7 +70,7 @@ KEY_FIGURES = (
 )
 
 # Lists that are shown as numbers; others are drawn.
-SHORT_LISTS = ("prefix_latents", "prefix_fvu", "prefix_l0")
+SHORT_LISTS = ("prefix_latents", "prefix_fvu", "prefix_l0", "mlp_active_share")
 DEFINITIONS = {key: text for entries in EXPLANATIONS.values() for key, text in entries.items()} | NOTES
 
 

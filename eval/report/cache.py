@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...sae.files import read_json, write_json
-from ...training.activations.model import section_content
+from ...training.activations.model_source import section_content
 from ...training.content import Content, text_content
 from ...training.recipe import ModelSection, TextSection
 from ..metrics.base import MetricGroup

@@ -481,6 +481,7 @@ def _run(judges: list[_Judge], halves: Halves, shown: StageProgress) -> int | No
     model, tokens, bad = halves.data.model, halves.asked, halves.data.bad_tokens
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
+    figures = {hook: of for judge in judges for group in judge.groups for hook, of in group.token_figures.items()}
     cursor = halves.scored_from
     for piece in halves.fit():
         passage = ModelOutputs(model, piece, hooks, with_logits=False, bad=bad)
@@ -490,7 +491,7 @@ def _run(judges: list[_Judge], halves: Halves, shown: StageProgress) -> int | No
                 group.fit(view)
         shown.update(min(halves.fitted, tokens // 2))
     for piece in halves.score():
-        passage = ModelOutputs(model, piece, hooks, with_logits=reads_model, bad=bad)
+        passage = ModelOutputs(model, piece, hooks, with_logits=reads_model, bad=bad, figures=figures)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:

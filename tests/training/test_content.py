@@ -16,7 +16,8 @@ from sparsary.sae.checkpoint_files import WEIGHTS_FILE
 from sparsary.sae.files import sha256
 from sparsary.training import content
 from sparsary.training.activations.manifest import read_manifest, write_manifest
-from sparsary.training.activations.model import load_model, section_content
+from sparsary.training.activations.model import load_model
+from sparsary.training.activations.model_source import section_content
 from sparsary.training.content import (
     TextDigest,
     file_digest,

@@ -17,7 +17,8 @@ from sparsary import CheckpointOptions, evaluate
 from sparsary.eval.features.run import Explainer
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
-from sparsary.training.activations.model import RemoteCodeRefused, load_model, section_content, skeleton
+from sparsary.training.activations.model import load_model, skeleton
+from sparsary.training.activations.model_source import RemoteCodeRefused, section_content
 from sparsary.training.embedded import MODEL_DIR
 from sparsary.training.embedded.corpus import embedded_document
 from sparsary.training.recipe import ModelSection

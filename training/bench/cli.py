@@ -115,15 +115,23 @@ def _bench_stream(
 def _bench_harvest(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
     dtype: Annotated[str, typer.Option(help="What the store holds: float32, bfloat16, float16, int8.")] = "float32",
+    model: Annotated[str, typer.Option(help="Language model (hub id or directory).")] = "embedded",
+    hook: Annotated[str, typer.Option(help="Hook of the model.")] = "transformer.h.2:out",
+    text: Annotated[list[str] | None, typer.Option(help="Text file; repeatable. Default: the embedded model's text.")] = None,
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of a harvest.")] = 50_000,
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """Compare a harvest of the embedded model with its forward passes alone on the same contexts, in turn."""
+    """Compare a harvest with the forward passes alone of its model, up to its hook, on the same contexts, in turn."""
     log.info("bench harvest: loading torch")
     from .data import bench_harvest
 
-    tokens = 2000 if quick else 50_000
-    _bench_report("harvest", _measured("harvest", lambda: bench_harvest(tokens=tokens, dtype=dtype, repeats=rounds)), json)
+    tokens = 2000 if quick else tokens
+
+    def measure() -> dict[str, Any]:
+        return bench_harvest(model, hook, tokens, dtype=dtype, repeats=rounds, text_files=tuple(text or ()))
+
+    _bench_report("harvest", _measured("harvest", measure), json)
 
 
 @app.command("loading")
@@ -153,6 +161,20 @@ def _bench_grid(
 
     shapes = dict([*SHAPES.items()][:1]) if quick else SHAPES
     _bench_report("grid", _measured("grid", lambda: bench_grid(members, rounds, shapes)), json)
+
+
+@app.command("cross-layer")
+def _bench_cross_layer(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """Compare a training step of a cross-layer transcoder with its encoder products, in turn, for several shapes."""
+    log.info("bench cross-layer: loading torch")
+    from .cross_layer import QUICK, SHAPES, bench_cross_layer
+
+    measured = _measured("cross-layer", lambda: bench_cross_layer(rounds, QUICK if quick else SHAPES))
+    _bench_report("cross-layer", measured, json)
 
 
 @app.command("gpu")

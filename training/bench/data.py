@@ -13,7 +13,7 @@ from ...sae.files import write_tensors
 from ..activations.contexts import context_batches
 from ..activations.harvest import harvest_activations
 from ..activations.manifest import FORMAT, FORMAT_VERSION, write_manifest
-from ..activations.model import load_model
+from ..activations.model import load_model_for, skeleton
 from ..activations.shards import LABELS, ActivationStore, encode
 from ..activations.store_stream import WINDOW_BATCHES, StoreStream
 from ..recipe import HarvestSection, ModelSection, TextSection
@@ -95,21 +95,24 @@ def _timed_read(stream: StoreStream, batches_wanted: int) -> tuple[float, float]
 
 
 def bench_harvest(
-    model: ModelSection | None = None,
+    model: str = "embedded",
     hook: str = "transformer.h.2:out",
     tokens: int = 50_000,
     context_length: int = 128,
     dtype: str = "float32",
     repeats: int = 5,
+    text_files: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Measure a harvest and the forward passes alone, on the same contexts up to the same hook, in turn.
 
     ``ratio`` is the median over ``repeats`` of harvest seconds over forward seconds, ``cpu_ratio`` the same in CPU seconds.
-    ``text_seconds`` is the time to sample and tokenize the text: the harvest includes it, the forward passes do not. The
-    default model is the embedded one.
+    ``text_seconds`` is the time to sample and tokenize the text: the harvest includes it, the forward passes do not. Without
+    ``text_files`` it is the embedded corpus, which only the embedded model's tokenizer reads.
     """
-    text = TextSection(context_length=context_length)
-    language_model = load_model(model or ModelSection())
+    source: dict[str, Any] = {"source": "files", "files": text_files} if text_files else {}
+    text = TextSection.model_validate({"context_length": context_length} | source)
+    named = ModelSection(id=model)
+    language_model = load_model_for(named, (hook,), skeleton(named))
     seconds: dict[str, list[tuple[float, float]]] = {"harvest": [], "forward": [], "text": []}
     with tempfile.TemporaryDirectory() as directory:
         for repeat in range(repeats + 1):

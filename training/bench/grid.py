@@ -1,23 +1,12 @@
 """Benchmark of training several dictionaries on one activation stream, relative to training one."""
 
-import contextlib
-import io
-import json
-import logging
 import statistics
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..recipe.grid import check_grid
-from ..report import METRICS_FILE
-from ..resolve_hooks import resolve_recipes
-from ..run import train_all
+from .training_time import seconds_per_step
 
 
 @dataclass(frozen=True)
@@ -58,45 +47,20 @@ def _measure(shape: GridShape, members: int, rounds: int) -> dict[str, Any]:
     batches = [torch.randn(shape.batch_tokens, shape.d, generator=generator) * scales for _ in range(4)]
     one, together = [], []
     for _ in range(rounds):
-        one.append(_seconds_per_step(shape, 1, batches))
-        together.append(_seconds_per_step(shape, members, batches))
+        one.append(seconds_per_step(_recipe(shape, 1), batches))
+        together.append(seconds_per_step(_recipe(shape, members), batches))
     ratios = [b / a for a, b in zip(one, together, strict=True)]
     medians = {"seconds_one": statistics.median(one), "seconds_all": statistics.median(together)}
     return medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
-def _seconds_per_step(shape: GridShape, members: int, batches: list[Tensor]) -> float:
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        recipes = resolve_recipes(check_grid(_recipe(shape, members, folder), "bench").recipes)
-        # The first member's log: no other member saves between its entries.
-        directory = train_all(recipes, batches)[0]
-        last = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-1])
-    return shape.batch_tokens / last["tokens_per_second"]
-
-
-def _recipe(shape: GridShape, members: int, folder: str) -> dict[str, Any]:
+def _recipe(shape: GridShape, members: int) -> dict[str, Any]:
     encoder = {"name": "topk", "k": shape.k}
     return {
         "harvest": {"hooks": ["bench:out"]},
         "dictionary": {"hook": "bench:out", "n_latents": shape.n_latents, "encoder": encoder},
         "tokens": 2 * shape.steps * shape.batch_tokens,
         "batch_tokens": shape.batch_tokens,
-        "lr_warmup_steps": 0,
         "log_every": shape.steps,
-        "save_every": 10**9,
-        "model": {"device": "cpu"},
-        "out_dir": str(Path(folder) / "runs"),
         "grid": {"seed": list(range(members))},
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress progress bars and log messages."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)

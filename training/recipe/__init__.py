@@ -16,7 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ...sae.files import read_text
+from .encoder_checks import check_encoder, encoder_specs
 from .fields import Role
+from .messages import explain
 from .model_pair import with_pair
 from .schema import (
     DictionarySection,
@@ -31,7 +33,7 @@ from .schema import (
     total_steps,
 )
 from .text_schema import ChatSection, MixPart, TextSection, TextSource
-from .validation import check_encoder, check_together, encoder_specs, explain
+from .validation import check_together
 
 __all__ = [
     "ChatSection",

@@ -358,7 +358,7 @@ class Recipe(Section):
     )
     lr_bias: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0,
-        description="learning rate of the encoder's biases, as a multiple of lr; 10 lowers the fvu of transcoders in short runs",
+        description="learning rate of the encoder's biases, as a multiple of lr; 10 lowers transcoders' fvu in short runs",
     )
     lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="steps over which lr rises from 0")
     lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(

@@ -1,83 +1,22 @@
-"""Validation of recipes: one readable line per mistake, with the nearest valid name."""
+"""Validation of recipes: mistakes that involve several keys, each as one readable line."""
 
-import difflib
-import inspect
-import re
-from collections.abc import Iterable
-from functools import cache
-from typing import Any, get_args
-
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from typing import Any
 
 from ...sae.encoders import ENCODERS, build_encoder
-from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
+from .dictionary_checks import check_dictionary, check_start
+from .encoder_checks import check_encoder, with_budget
+from .hook_names import check_hook, theirs, unharvested
 from .model_pair import pair_problems
-from .schema import MLP_START, DictionarySection, Recipe, total_steps
+from .schema import Recipe, total_steps
 from .text_checks import check_text
-
-
-def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return every encoder in unchecked values, with its key."""
-    section = values.get("dictionary")
-    found = [("dictionary.encoder", section)]
-    if isinstance(values.get("phases"), list):
-        found += [(f"phases.{i}.encoder", phase) for i, phase in enumerate(values["phases"])]
-    specs = [
-        (key, section["encoder"])
-        for key, section in found
-        if isinstance(section, dict) and isinstance(section.get("encoder"), dict)
-    ]
-    started = isinstance(section, dict) and section.get("start") is not None
-    return [(key, with_budget(spec) if started and key == "dictionary.encoder" else spec) for key, spec in specs]
-
-
-def missing_budget(spec: dict[str, Any]) -> str | None:
-    """Return the argument that is the number of active latents, if an encoder needs it and its spec leaves it out."""
-    name = spec.get("name")
-    takes = ENCODERS[name].parameters_of() if isinstance(name, str) and name in ENCODERS else {}
-    if "k" in takes:
-        return None if "k" in spec else "k"
-    # With a weight of its own, a penalty needs no target.
-    return "target_l0" if "target_l0" in takes and not {"target_l0", "sparsity"} & spec.keys() else None
-
-
-def with_budget(spec: dict[str, Any], l0: float = 1) -> dict[str, Any]:
-    """Return the spec with a missing number of active latents set to ``l0``: by default to one that is valid anywhere."""
-    key = missing_budget(spec)
-    return spec if key is None else spec | {key: max(1, round(l0)) if key == "k" else max(1.0, round(l0, 2))}
-
-
-def check_encoder(spec: dict[str, Any], key: str) -> list[str]:
-    name = spec.get("name")
-    # Any YAML value, also one that cannot be looked up, such as a list.
-    if not isinstance(name, str) or name not in ENCODERS:
-        if name is None:
-            return [f"{key}.name: required, but missing. Choose one of {', '.join(ENCODERS)}."]
-        return [f"{key}.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{did_you_mean(str(name), ENCODERS)}"]
-    try:
-        encoder_schema(name).model_validate({name: value for name, value in spec.items() if name != "name"})
-    except ValidationError as error:
-        takes = f"{name} takes {', '.join(ENCODERS[name].parameters_of())}."
-        return [explain(problem, spec, tuple(key.split(".")), takes) for problem in error.errors()]
-    return []
-
-
-@cache
-def encoder_schema(name: str) -> type[BaseModel]:
-    """Return a strict schema made from an encoder's constructor."""
-    fields: dict[str, Any] = {
-        key: (p.annotation, ... if p.default is inspect.Parameter.empty else p.default)
-        for key, p in ENCODERS[name].parameters_of().items()
-    }
-    return create_model(name, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
 
 
 def check_together(recipe: Recipe) -> list[str]:
     """Return one line for each mistake that involves several keys."""
     section = recipe.dictionary
-    problems = _check_start(section) + _check_training(recipe) + _check_dictionary(section, recipe.model.id)
+    problems = check_start(section) + _check_training(recipe) + check_dictionary(section, recipe.model.id)
     own = [key for key in ("hook", "hooks") if getattr(section, key) is not None]
     named = own or (["hook_in", "hook_out"] if section.resolved else [])
     foreign = any(theirs(hook) for hook in (*(section.all_hooks if named and not problems else ()), *recipe.harvest.hooks))
@@ -85,7 +24,7 @@ def check_together(recipe: Recipe) -> list[str]:
     for key in named if not problems and not foreign else ():
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
     for index, hook in enumerate(recipe.harvest.hooks):
-        problems += _check_hook(f"harvest.hooks.{index}", hook, recipe.model.id)
+        problems += check_hook(f"harvest.hooks.{index}", hook, recipe.model.id)
     if not problems:
         hooks = {f"dictionary.{named[0]}": section.all_hooks} if named else {}
         problems += pair_problems(recipe.model, {**hooks, "harvest.hooks": recipe.harvest.hooks})
@@ -141,176 +80,6 @@ def _check_files(recipe: Recipe) -> list[str]:
         for key, (wanted, got, why) in unfit.items()
         if got is not None
     ]
-
-
-def _check_start(section: DictionarySection) -> list[str]:
-    """Check the keys that a warm start makes optional, or that only it may set."""
-    if section.start is not None:
-        given = {*section.start.model_fields_set, "path"} - {"path", "new_latents"}
-        if section.start.path == MLP_START and given:
-            return [f"dictionary.start.{min(given)}: expected none with path mlp, which reads no files. Leave it out."]
-        return []
-    problems = [
-        f"dictionary.{key}: required, but missing." for key in ("n_latents", "encoder") if getattr(section, key) is None
-    ]
-    if section.row_norm is not None:
-        problems.append(
-            f"dictionary.row_norm: expected null without dictionary.start, got {section.row_norm!r}. Leave it out: new "
-            "dictionaries are trained on inputs that are divided by one scale."
-        )
-    return problems
-
-
-def unharvested(recipe: Recipe, key: str, hooks: Iterable[str]) -> list[str]:
-    """Return one line for each hook that is missing from ``harvest.hooks``, if those are given."""
-    given = recipe.harvest.hooks
-    return [
-        f"{key}: expected one of harvest.hooks ({', '.join(given)}), got {hook!r}.{did_you_mean(hook, given)}"
-        for hook in hooks
-        if given and hook not in given
-    ]
-
-
-def theirs(hook: str) -> tuple[int, str] | None:
-    """Return layer and place of a hook in TransformerLens's spelling that a recipe may name; None for other hooks."""
-    found = re.fullmatch(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, READ))})(?::out)?", hook)
-    return (int(found[1]), found[2]) if found else None
-
-
-def _check_hook(key: str, hook: str, model: str) -> list[str]:
-    path, _, side = hook.rpartition(":")
-    if theirs(hook) is not None:
-        return []
-    named = re.fullmatch(r"(?:blocks\.(\d+)\.)?((?:\w+\.)*hook_\w+)(?::(?:in|out))?", hook)
-    if named is None and side in ("in", "out") and path:
-        return []
-    layer, place = named.groups() if named else (None, hook)
-    module = to_module(hook.removesuffix(f":{side}"), model) if named else None
-    site = PLACES.get(place, place)
-    site = "mlp" if site in SITES and key.endswith(("hook_in", "hook_out")) else site
-    fix = ""
-    if module is not None:
-        fix = f" In this model that is {module}."
-    elif site in SITES:
-        fix = f" Give dictionary.layer: {layer or 'N'} and dictionary.site: {site} in place of hooks."
-    elif named:
-        fix = " That is TransformerLens's name of a place for which there is no site. Give the module's own path in this model."
-    wanted = "a module path and a side" + ("" if fix else f", like {hook.split(':')[0]}:out")
-    return [f"{key}: expected {wanted}, got {hook!r}.{fix}"]
-
-
-# Sites of a transformer block; their modules are found in the model.
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp", "router")
-# TransformerLens's names of the sites.
-PLACES = {
-    "hook_resid_pre": "resid_pre",
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "resid_post",
-    "attn.hook_z": "attn_heads",
-    "hook_attn_out": "attn_out",
-    "hook_mlp_in": "mlp_in",
-    "mlp.hook_in": "mlp_in",
-    "hook_mlp_out": "mlp_out",
-    "mlp.hook_out": "mlp_out",
-}
-# Those that recipes take as they are. Their hook_mlp_in is before the norm, which no site is.
-READ = (*(place for place in PLACES if place != "hook_mlp_in"), "mlp.hook_pre", "mlp.hook_post")
-
-
-# Keys that only some kinds of dictionary have, in the order in which mistakes are reported.
-KINDS_WITH = {
-    "hook": ("sae",),
-    "hooks": ("crosscoder",),
-    "hook_in": ("transcoder", "cross_layer_transcoder"),
-    "hook_out": ("transcoder", "cross_layer_transcoder"),
-    "layer": ("sae", "transcoder"),
-    "layers": ("cross_layer_transcoder", "crosscoder"),
-    "skip": ("transcoder",),
-    "joint": ("cross_layer_transcoder",),
-    "causal": ("crosscoder",),
-}
-INSTEAD = {
-    "sae": "Give hook, or layer and site",
-    "transcoder": "Give hook_in and hook_out, or layer and site",
-    "cross_layer_transcoder": "Give hook_in and hook_out as lists, or layers and site",
-    "crosscoder": "Give hooks, or layers and site",
-}
-
-
-def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
-    """Check that keys fit the kind of dictionary, and that hooks are given in one way only."""
-    kind, instead = section.kind, INSTEAD[section.kind]
-    # By identity, because layer 0 equals False.
-    given = {key for key in (*KINDS_WITH, "site") if not any(getattr(section, key) is unset for unset in (None, False))}
-    problems = [
-        f"dictionary.{key}: expected it with kind {' or '.join(kinds)} only, got it with kind {kind}."
-        + (f" {instead}." if key not in ("skip", "joint", "causal") else " Leave it out.")
-        for key, kinds in KINDS_WITH.items()
-        if key in given and kind not in kinds
-    ]
-    if problems:
-        return problems
-    ways = [_hook_keys(kind), (_layers_key(kind), "site")]
-    started = [way for way in ways if given & set(way)]
-    if len(started) != 1:
-        found = " and ".join(key for way in ways for key in way if key in given)
-        return [f"dictionary: expected hooks, or a layer and its site, got {found or 'neither'}. {instead}."]
-    missing = [key for key in started[0] if key not in given]
-    if missing:
-        return [f"dictionary.{missing[0]}: required beside {(given & set(started[0])).pop()}, but missing. {instead}."]
-    if started[0] == ways[1]:
-        return _check_layers(section)
-    return _check_hooks(section, model)
-
-
-def _hook_keys(kind: str) -> tuple[str, ...]:
-    return {"sae": ("hook",), "crosscoder": ("hooks",)}.get(kind, ("hook_in", "hook_out"))
-
-
-def _layers_key(kind: str) -> str:
-    return "layers" if kind in KINDS_WITH["layers"] else "layer"
-
-
-def _check_layers(section: DictionarySection) -> list[str]:
-    layers = section.layers
-    if isinstance(layers, tuple) and (len(layers) < 2 or sorted(set(layers)) != list(layers) or layers[0] < 0):
-        return [f"dictionary.layers: expected all, or two or more layers that ascend from 0 on, got {list(layers)}."]
-    return []
-
-
-def _check_hooks(section: DictionarySection, model: str) -> list[str]:
-    problems = []
-    many = section.kind in KINDS_WITH["layers"]
-    for key in _hook_keys(section.kind):
-        value = getattr(section, key)
-        if isinstance(value, tuple) != many:
-            wanted = "a list of hooks, one of every layer" if many else "one hook"
-            wanted = "a list of two or more hooks" if section.kind == "crosscoder" else wanted
-            problems.append(f"dictionary.{key}: expected {wanted}, got {list(value) if isinstance(value, tuple) else value!r}.")
-            continue
-        hooks = value if isinstance(value, tuple) else (value,)
-        problems += [line for hook in hooks for line in _check_hook(f"dictionary.{key}", hook, model)]
-        if len(set(hooks)) < len(hooks):
-            problems.append(f"dictionary.{key}: expected each hook once, got one twice.")
-    if not problems and section.kind == "crosscoder" and len(section.hooks_in) < 2:
-        problems.append(
-            "dictionary.hooks: expected two or more hooks, got one. What reconstructs a single activation is kind: sae."
-        )
-    if (
-        not problems
-        and many
-        and section.two_sided
-        and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out))
-    ):
-        sizes = f"{len(section.hooks_in)} and {len(section.hooks_out)}"
-        problems.append(f"dictionary.hook_out: expected two or more hooks, as many as in hook_in, got {sizes}.")
-    if not problems and section.two_sided and set(section.hooks_in) & set(section.hooks_out):
-        twice = next(hook for hook in section.hooks_in if hook in section.hooks_out)
-        problems.append(
-            f"dictionary.hook_out: expected hooks other than those of hook_in, got {twice!r} in both. "
-            "What reconstructs its input is kind: sae."
-        )
-    return problems
 
 
 def _check_crosscoder(recipe: Recipe) -> list[str]:
@@ -464,115 +233,3 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
                     )
         problems += [line if where == key else f"{where}: {line}" for line in found]
     return list(dict.fromkeys(line.replace("dictionary.encoder", key, 1) for line in problems))
-
-
-def explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str = "") -> str:
-    """Return a pydantic error as one line in a recipe's terms."""
-    loc, kind = tuple(str(part) for part in problem["loc"]), problem["type"]
-    key = ".".join((*prefix, *loc))
-    if kind == "extra_forbidden":
-        known = ENCODERS[values["name"]].parameters_of() if prefix else _fields_at(loc[:-1])
-        suggestion = (
-            did_you_mean(loc[-1], known) if prefix else _elsewhere(loc) or did_you_mean(loc[-1], known) or _nearest(loc)
-        )
-        return f"{key}: unknown key.{f' {takes}' if takes else ''}{suggestion}"
-    if kind == "missing":
-        return f"{key}: required, but missing. {takes}".rstrip()
-    given = problem["input"]
-    message = WORDS.get(kind) or problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    message = message.removeprefix("Tuple should have ").removesuffix(" after validation, not " + str(_length(given)))
-    hint = ""
-    if kind == "int_type" and isinstance(given, float):
-        hint = " Write whole numbers without exponent, like 2_000_000."
-    elif kind == "tuple_type" and isinstance(given, str | int | float):
-        hint = f" Put it in brackets: [{given}]."
-    elif kind in SECTIONS:
-        hint = f" Write {loc[-1]}: {{{', '.join(f'{name}: ...' for name in list(_fields_at(loc))[:2])}}}." if not prefix else ""
-    return f"{key}: expected {message}, got {given!r}.{hint}"
-
-
-# pydantic's error types -> expected value, where pydantic's own message uses Python's terms.
-WORDS = {
-    "tuple_type": "a list",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "dict_type": "keys with values",
-    "model_type": "keys with values",
-    "model_attributes_type": "keys with values",
-}
-SECTIONS = ("model_type", "model_attributes_type")
-# Other common names of a recipe's keys, mostly from other libraries.
-SYNONYMS = {
-    "lr": "learning_rate peak_lr max_lr",
-    "lr_warmup_steps": "warmup warmup_steps lr_warm_up_steps num_warmup_steps",
-    "lr_decay": "decay lr_decay_steps decay_start",
-    "betas": "adam_betas beta1 beta2 adam_beta1 adam_beta2",
-    "grad_clip": "gradient_clip max_grad_norm clip_grad_norm",
-    "batch_tokens": "batch_size train_batch_size train_batch_size_tokens sae_batch_size",
-    "accumulate": "grad_acc_steps gradient_accumulation_steps micro_acc_steps",
-    "tokens": "training_tokens total_tokens total_training_tokens num_tokens n_tokens steps train_steps epochs n_epochs "
-    "num_epochs",
-    "out_dir": "output_dir output_path save_dir checkpoint_path run_dir",
-    "auxk_weight": "auxk_alpha aux_alpha aux_loss_coefficient",
-    "auxk_latents": "auxk k_aux aux_k",
-    "dead_after_tokens": "dead_feature_threshold dead_feature_window dead_steps_threshold",
-    "seed": "random_seed",
-    "wandb.project": "wandb_project log_to_wandb",
-    "model.id": "model_name model_id",
-    "model.dtype": "torch_dtype",
-    "text.dataset": "dataset_name dataset_path dataset_id",
-    "text.column": "text_column",
-    "text.context_length": "context_size context_len ctx_len seq_len sequence_length max_length",
-    "harvest.store": "cached_activations_path activation_dir store_dir",
-    "harvest.live_buffer_tokens": "buffer_size n_batches_in_buffer",
-    "dictionary.hook": "hook_name hook_point hookpoint hookpoints",
-    "dictionary.n_latents": "d_sae dict_size n_features num_features num_latents n_dict d_hidden hidden_dim width "
-    "expansion_factor",
-    "dictionary.encoder": "architecture activation activation_fn sae_type encoder_name",
-    "dictionary.encoder.k": "top_k topk",
-    "dictionary.encoder.sparsity": "l1_coefficient l1_penalty sparsity_penalty sparsity_coefficient",
-}
-
-
-def _elsewhere(loc: tuple[str, ...]) -> str:
-    """Return a suggestion if another section, or another library, has a key of this name; else an empty string."""
-    word = loc[-1].lower()
-    paths = [key for key in _all_keys() if key.rpartition(".")[2] == word]
-    paths += [key for key, names in SYNONYMS.items() if word in names.split()]
-    # Encoder arguments are not fields of the schema.
-    if not paths and any(word in encoder.parameters_of() for encoder in ENCODERS.values()):
-        paths = [f"dictionary.encoder.{word}"]
-    section = ".".join(part for part in loc[:-1] if not part.isdigit())
-    return f" Did you mean {paths[0].removeprefix(f'{section}.')!r}?" if paths else ""
-
-
-def _nearest(loc: tuple[str, ...]) -> str:
-    return f" The keys nearest to it: {', '.join(difflib.get_close_matches(loc[-1], _fields_at(loc[:-1]), n=3, cutoff=0.0))}."
-
-
-@cache
-def _all_keys() -> tuple[str, ...]:
-    """Return every key of a recipe by its path."""
-    sections = [name for name in Recipe.model_fields if _section_at((name,)) is not None and name != "phases"]
-    return (*Recipe.model_fields, *(f"{section}.{key}" for section in sections for key in _fields_at((section,))))
-
-
-def _length(given: Any) -> int | None:
-    return len(given) if isinstance(given, list | tuple) else None
-
-
-def _fields_at(loc: tuple[str, ...]) -> list[str]:
-    section = _section_at(loc)
-    assert section is not None
-    return list(section.model_fields)
-
-
-def _section_at(loc: tuple[str, ...]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Recipe
-    for part in (part for part in loc if not part.isdigit()):
-        assert section is not None
-        annotation = section.model_fields[part].annotation
-        # A section is annotated alone, as optional, or in a tuple of any length.
-        options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
-        section = next((option for option in options if issubclass(option, BaseModel)), None)
-    return section

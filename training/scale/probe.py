@@ -28,7 +28,7 @@ from ..fused_adam import build_optimizer
 from ..objective import AuxSettings, Objective
 from ..phases import Phases
 from ..recipe import Recipe
-from ..recipe.validation import with_budget
+from ..recipe.encoder_checks import with_budget
 from ..resolve_hooks import dictionary_arguments
 from ..state import Randomness, TrainState
 from .machine import Costs, Link, Machine

@@ -13,7 +13,7 @@ from ...transcoders.cross_layer import CrossLayerTranscoder
 from ..activations.sites import n_layers
 from ..divided import undivided_latents
 from ..recipe import DictionarySection, Recipe
-from ..recipe.validation import with_budget
+from ..recipe.encoder_checks import with_budget
 from ..resolve_hooks import ModelOutline, ResolvedRecipe, dictionary_arguments, resolve_recipes
 
 # Bytes of the parameters of a language model.

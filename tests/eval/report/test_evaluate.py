@@ -91,6 +91,34 @@ def test_the_report_says_who_was_dead_when_training_ended(checkpoint, report):
     assert len(report["recipe_digest"]) == 16
 
 
+def test_the_model_s_own_sparsity_is_measured_without_passes_of_its_own(checkpoint, report, monkeypatch, no_page, tmp_path):
+    from sparsary.eval import heldout
+    from sparsary.eval.metrics.native_sparsity import NativeSparsity
+    from sparsary.eval.report import evaluate as suite
+    from sparsary.training.activations.model import load_model
+
+    assert "NewGELUActivation" in report["reasons"]["mlp_active_share"]
+    passes = []
+
+    def with_relus(section):
+        model = load_model(section)
+        for block in model.module.transformer.h:
+            block.mlp.act = torch.nn.ReLU()
+        model.module.register_forward_hook(lambda *_: passes.append(1))
+        return model
+
+    monkeypatch.setattr(heldout, "load_model", with_relus)
+    counts = []
+    for groups in ((*suite.GROUPS[:2], suite.GROUPS[5]), (*suite.GROUPS[:2], suite.GROUPS[5], NativeSparsity)):
+        monkeypatch.setattr(suite, "GROUPS", groups)
+        passes.clear()
+        found = evaluate(str(checkpoint), str(tmp_path / "x"), tokens=900, cache=False)
+        counts.append(len(passes))
+    assert counts[0] == counts[1] > 0
+    assert len(found["mlp_active_share"]) == 4
+    assert all(0 < share < 1 for share in found["mlp_active_share"])
+
+
 def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path, no_page):
     again = evaluate(str(checkpoint), str(tmp_path / "elsewhere"))
     assert {k: v for k, v in again.items() if k != "report_path"} == {k: v for k, v in report.items() if k != "report_path"}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparsary.training.activations.model import load_model, section_content
+from sparsary.training.activations.model import load_model
+from sparsary.training.activations.model_source import section_content
 from sparsary.training.content import model_problems
 from sparsary.training.recipe import ModelSection
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsary.training.activations.harvest import harvest_activations
-from sparsary.training.activations.model import load_model, load_model_for, paired, section_content, skeleton
+from sparsary.training.activations.model import load_model, load_model_for, paired, skeleton
+from sparsary.training.activations.model_source import section_content
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.content import model_problems
 from sparsary.training.embedded import MODEL_DIR

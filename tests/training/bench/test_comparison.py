@@ -182,7 +182,12 @@ def test_another_report_is_shown_number_by_number():
 
 @pytest.mark.parametrize(
     ("arguments", "number"),
-    [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid --members 2", "shapes.tiny.ratio")],
+    [
+        ("stream", "int8.gb_per_second"),
+        ("harvest", "cpu_ratio"),
+        ("grid --members 2", "shapes.tiny.ratio"),
+        ("cross-layer", "shapes.small.ratio"),
+    ],
 )
 def test_the_other_measurements_are_commands_too(command, tmp_path, arguments, number):
     code, out, err = command(*arguments.split(), "--quick", "--rounds", "1", "--json", str(tmp_path / "r.json"))

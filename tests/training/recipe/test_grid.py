@@ -40,6 +40,15 @@ FAMILIES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Members that step side by side on several threads round otherwise than alone with all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def rows():
     generator = torch.Generator().manual_seed(0)
@@ -104,6 +113,16 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_pat
     for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
         assert counters(directory)["tokens"] >= recipe.tokens
+
+
+def test_members_that_step_side_by_side_are_what_they_would_have_been_alone(values, rows, tmp_path):
+    recipes = members(values, FAMILIES[:4])
+    torch.set_num_threads(2)
+    trained = train_all(resolve_recipes(recipes), rows)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    for directory, recipe in zip(trained, recipes, strict=True):
+        assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
 def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
