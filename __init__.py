@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
     from .eval.metrics.inference import InferenceMode
+    from .eval.name.run import name
     from .eval.pages.render import render_file as render
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
     from .eval.result import Features, Report
+    from .eval.select.run import SelectSettings, select
+    from .eval.steer.run import steer
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
     from .training.activations.model import LanguageModel
@@ -61,6 +64,7 @@ __all__ = [
     "NeuronpediaExport",
     "ProbingResults",
     "Report",
+    "SelectSettings",
     "SparseCode",
     "SparseDictionary",
     "Stack",
@@ -80,13 +84,16 @@ __all__ = [
     "info",
     "load",
     "mib_submission",
+    "name",
     "probe",
     "published",
     "push_to_hub",
     "read_activations",
     "render",
     "sae",
+    "select",
     "similarity",
+    "steer",
     "train",
     "training",
     "transcoders",
@@ -115,10 +122,13 @@ _HOMES = {
     "eval.features.run": "Explainer features",
     "eval.info": "CheckpointInfo info",
     "eval.metrics.inference": "InferenceMode",
+    "eval.name.run": "name",
     "eval.pages.render": "render",
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",
     "eval.result": "Features Report",
+    "eval.select.run": "SelectSettings select",
+    "eval.steer.run": "steer",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -357,7 +367,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "similarity", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "steer", "compare", "similarity", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

@@ -41,7 +41,8 @@ API = {
         "Evaluation",
         "One function per command. Each writes the files that the command writes and returns their contents.",
         "evaluate evaluate_all InferenceMode features Explainer NeuronpediaExport probe ProbingResults circuits "
-        "CircuitSettings compare_circuits mib_submission attribution_graph compare similarity diff Report Features",
+        "CircuitSettings compare_circuits mib_submission attribution_graph compare similarity diff "
+        "name select SelectSettings steer Report Features",
     ),
     "sharing": (
         "Describing and sharing",

@@ -442,7 +442,7 @@ def test_probe_writes_flat_results_and_names_its_tasks(command, tmp_path):
     )
     unknown = command("probe", out, "--task", "factor")
     assert unknown.returncode == 2
-    assert "expected one of factors, infomec, supervised, sparse_probing, scr, tpp, absorption" in unknown.stderr
+    assert "expected one of factors, infomec, supervised, sparse_probing, bottleneck, scr, tpp, absorption" in unknown.stderr
     assert "Did you mean 'factors'?" in unknown.stderr
     lines = [{"text": f"The {word} waits .", "label": word} for word in ("boy", "dog", "king") for _ in range(9)]
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -6,6 +6,7 @@ ids are JSON; ``kind`` says which.
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .recipe import Role
@@ -24,18 +25,27 @@ class SourceDocument(str):
     """A document: its text, or JSON of its messages or token ids.
 
     ``size`` is its length in characters, without the JSON. ``part`` is the number of its source in a mix. ``tokenizer`` is the
-    digest of the tokenizer that made its ids, if the file records one.
+    digest of the tokenizer that made its ids, if the file records one. ``place`` is its file and the number of its row there.
     """
 
-    __slots__ = ("kind", "part", "size", "tokenizer")
+    __slots__ = ("kind", "part", "place", "size", "tokenizer")
     kind: Kind
     part: int
+    place: tuple[Path, int] | None
     size: int
     tokenizer: str | None
 
-    def __new__(cls, text: str, kind: Kind = "text", size: int | None = None, tokenizer: str | None = None) -> "SourceDocument":
+    def __new__(
+        cls,
+        text: str,
+        kind: Kind = "text",
+        size: int | None = None,
+        tokenizer: str | None = None,
+        place: tuple[Path, int] | None = None,
+    ) -> "SourceDocument":
         made = super().__new__(cls, text)
         made.kind, made.size, made.part, made.tokenizer = kind, len(text) if size is None else size, 0, tokenizer
+        made.place = place
         return made
 
 

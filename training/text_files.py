@@ -15,6 +15,8 @@ from .bad_rows import BadTexts
 from .documents import SourceDocument, UnreadableRowError, document_of, joined_columns
 from .recipe import TextSource
 
+# File and number of a row: lines of JSON lines count from 1, other rows from 0.
+RowPlace = tuple[Path, int]
 Reader = Callable[[Path, TextSource, BadTexts], Iterator[SourceDocument]]
 COMPRESSIONS = (".gz", ".zst")
 # Characters that are read at once of a file without lines.
@@ -93,7 +95,7 @@ def _bytes_of(path: Path) -> Any:
     return pa.input_stream(path, compression="zstd")
 
 
-def _opened(path: Path) -> TextIO:
+def opened_text(path: Path) -> TextIO:
     """Open a text file in the encoding of its byte-order mark, else as UTF-8, where other bytes become surrogates."""
     with _bytes_of(path) as handle:
         head = handle.read(4)
@@ -106,56 +108,76 @@ def _opened(path: Path) -> TextIO:
 
 
 def _txt_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
-    pending, line, lines = "", 1, section.separator.count("\n")
-    with _opened(path) as handle:
+    line, lines = 1, section.separator.count("\n")
+    for number, text in enumerate(txt_pieces(path, section.separator)):
+        yield SourceDocument(bad.clean(text, f"{path}:{line}"), place=(path, number))
+        line += text.count("\n") + lines
+
+
+def txt_pieces(path: Path, separator: str) -> Iterator[str]:
+    """Yield the texts between the separators of a file, blank ones too."""
+    pending = ""
+    with opened_text(path) as handle:
         while chunk := handle.read(READ_CHARACTERS):
-            *whole, pending = (pending + chunk).split(section.separator)
-            for text in whole:
-                yield SourceDocument(bad.clean(text, f"{path}:{line}"))
-                line += text.count("\n") + lines
-    yield SourceDocument(bad.clean(pending, f"{path}:{line}"))
+            *whole, pending = (pending + chunk).split(separator)
+            yield from whole
+    yield pending
 
 
-def _jsonl_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
-    with _opened(path) as handle:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number, from 1 on, and the value of every line that is not blank; ``None`` for one that is not JSON."""
+    with opened_text(path) as handle:
         for number, line in enumerate(handle, start=1):
             # Blank lines are common in concatenated files.
             if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                yield number, json.loads(line)
             except (ValueError, RecursionError):
-                row = None
-            yield from _row_documents(row, section, f"{path}:{number}", "lines", bad)
+                yield number, None
+
+
+def json_list(path: Path) -> list[Any] | None:
+    """Return the rows of a JSON list, or ``None`` for a file of JSON lines, many of which have the same suffix.
+
+    Raises:
+        ValueError: If it begins as a list and is not JSON.
+    """
+    with opened_text(path) as handle:
+        first = next((character for character in iter(lambda: handle.read(1), "") if not character.isspace()), "")
+        if first != "[":
+            return None
+        try:
+            return json.loads("[" + handle.read())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected a JSON list of rows, got invalid JSON ({str(error)[:200]}).") from None
+
+
+def _jsonl_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
+    for number, row in json_lines(path):
+        yield from _row_documents(row, section, f"{path}:{number}", "lines", bad, (path, number))
 
 
 def _json_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
-    with _opened(path) as handle:
-        first = next((character for character in iter(lambda: handle.read(1), "") if not character.isspace()), "")
-        if first == "[":
-            try:
-                rows = json.loads("[" + handle.read())
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: expected a JSON list of rows, got invalid JSON ({str(error)[:200]}).") from None
-        else:
-            rows = None
+    rows = json_list(path)
     if rows is None:
-        # Many sets of JSON lines have this suffix.
         yield from _jsonl_documents(path, section, bad)
         return
     first_column = text_columns(section)[0]
     for number, row in enumerate(rows):
         # A list of texts has no keys.
         row = {first_column: row} if isinstance(row, str) else row
-        yield from _row_documents(row, section, f"{path}: row {number}", "rows", bad)
+        yield from _row_documents(row, section, f"{path}: row {number}", "rows", bad, (path, number))
 
 
-def _row_documents(row: Any, section: TextSource, where: str, rows: str, bad: BadTexts) -> Iterator[SourceDocument]:
+def _row_documents(
+    row: Any, section: TextSource, where: str, rows: str, bad: BadTexts, place: RowPlace
+) -> Iterator[SourceDocument]:
     """Yield the document of a JSON row, if it has one."""
     columns = text_columns(section)
     missing = next((name for name in columns if not isinstance(row, dict) or name not in row), None)
     if missing is None:
-        yield from _documents([row[name] for name in columns], section, where, bad)
+        yield from _documents([row[name] for name in columns], section, where, bad, place=place)
         return
     keys = f", got one with {', '.join(list(map(str, row))[:8])}" if isinstance(row, dict) and row else ""
     near = did_you_mean(missing, row) if isinstance(row, dict) else ""
@@ -175,9 +197,10 @@ def _parquet_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterat
             columns, recorded = text_columns(section), (file.schema_arrow.metadata or {}).get(b"tokenizer_sha256")
             require_columns(section, file.schema_arrow.names, str(path))
             for batch in file.iter_batches(columns=list(columns)):
-                values = [_as_bytes(batch.column(name), pa).to_pylist() for name in columns]
+                values = [as_bytes(batch.column(name), pa).to_pylist() for name in columns]
                 for each in zip(*values, strict=True):
-                    yield from _documents(each, section, f"{path}: row {row}", bad, recorded and recorded.decode())
+                    made_by = recorded and recorded.decode()
+                    yield from _documents(each, section, f"{path}: row {row}", bad, made_by, (path, row))
                     row += 1
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())[:300]
@@ -187,7 +210,7 @@ def _parquet_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterat
         ) from None
 
 
-def _as_bytes(values: Any, pa: Any) -> Any:
+def as_bytes(values: Any, pa: Any) -> Any:
     """Return a column of strings as bytes, so that a value that is not UTF-8 affects its own row only; others as they are."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -255,7 +278,12 @@ def require_columns(section: TextSource, columns: Iterable[str], where: str) -> 
 
 
 def _documents(
-    values: Sequence[Any], section: TextSource, where: str, bad: BadTexts, tokenizer: str | None = None
+    values: Sequence[Any],
+    section: TextSource,
+    where: str,
+    bad: BadTexts,
+    tokenizer: str | None = None,
+    place: RowPlace | None = None,
 ) -> Iterator[SourceDocument]:
     """Yield the document in a row's columns, or nothing if they hold none."""
     try:
@@ -263,4 +291,4 @@ def _documents(
     except UnreadableRowError as error:
         bad.skip(error.what, f"{where}: expected {error.found}", COLUMN_REMEDY)
         return
-    yield SourceDocument(bad.clean(found, where), found.kind, found.size, found.tokenizer)
+    yield SourceDocument(bad.clean(found, where), found.kind, found.size, found.tokenizer, place)

@@ -21,7 +21,8 @@ def _probe(
         list[str] | None,
         typer.Option(
             "--task",
-            help="factors, infomec, supervised, sparse_probing, scr, tpp or absorption; repeatable. Default: all that apply.",
+            help="factors, infomec, supervised, sparse_probing, bottleneck, scr, tpp or absorption; repeatable. Default: all "
+            "that apply.",
         ),
     ] = None,
     labels: Annotated[

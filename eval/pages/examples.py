@@ -124,6 +124,16 @@ def top_tokens(record: dict[str, Any], count: int = TOKENS) -> list[str]:
     return [entry["token"] for entry in record["top_tokens"][:count]]
 
 
+def latent_label(record: dict[str, Any]) -> str:
+    """Return what a latent is about in a few words: its explanation, name or predicate, else its top tokens."""
+    words = (record.get("explanation") or {}).get("text") or record.get("name") or _predicate(record)
+    return words or " ".join(top_tokens(record, 3))
+
+
+def _predicate(record: dict[str, Any]) -> str:
+    return (record["details"].get("predicate_f1") or {}).get("predicate") or ""
+
+
 def is_gapped(tokens: Iterable[str]) -> bool:
     """Return True if no token starts with a space, as in word-level tokenizers, so that spaces go between tokens."""
     return not any(token[:1].isspace() for token in tokens)
@@ -138,7 +148,7 @@ def example_of(record: dict[str, Any], href: str = "") -> ExampleLatent:
     """Return a record of ``features.jsonl`` with its strongest contexts; ``href`` is the address of its entry."""
     top = record["max_activation"] or 1.0
     contexts = [_context(example, top) for example in record["top"][:CONTEXTS]]
-    words = (record["explanation"] or {}).get("text") or (record["details"].get("predicate_f1") or {}).get("predicate") or ""
+    words = (record["explanation"] or {}).get("text") or _predicate(record)
     promoted = [entry["token"] for entry in (record.get("logits") or {}).get("promoted", ())[:TOKENS]]
     return ExampleLatent(record["latent"], href, record["density"], top, top_tokens(record), words, contexts, promoted)
 

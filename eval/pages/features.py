@@ -63,6 +63,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
             "encoder": encoder_label(about.get("encoder")),
             "checkpoint": about.get("checkpoint"),
+            **({"left out": about["left_out"]} if about.get("left_out") else {}),
             **({"doubts": "; ".join(about["doubts"])} if about.get("doubts") else {}),
         },
         scores=SCORES,
@@ -101,7 +102,7 @@ def _enter(index: dict[str, list[Any]], record: FeatureEntry, words: _Words) -> 
     index["top"].append([words(entry["token"]) for entry in record["top_tokens"][:INDEX_TOKENS]])
     promoted = record["logits"]["promoted"] if record["logits"] else []
     index["promoted"].append([words(entry["token"]) for entry in promoted[:INDEX_TOKENS]])
-    index["explanation"].append((record["explanation"] or {}).get("text"))
+    index["explanation"].append((record["explanation"] or {}).get("text") or record.get("name"))
     for name in SCORES:
         index[name].append(record["scores"][name])
 
@@ -143,6 +144,7 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
             )
         },
         **({"sites": record["sites"]} if "sites" in record else {}),
+        **({"name": [record[f"name{part}"] for part in ("", "_cosine", "_margin")]} if record.get("name") else {}),
         "details": record["details"],
         "explanation": record["explanation"],
         "reasons": record["reasons"],

@@ -1,11 +1,12 @@
 """Page of probing results: tiles and plots per task, and tables of factors that can be sorted and filtered."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from .bottleneck import CLASS_COLUMNS, bottleneck_class, draw_path
 from .document import document, encoder_label
 from .numbers import UNDEFINED, UNMEASURED, finite, show, show_interval
 from .plots import ACCENT, BAD, INK, MUTED, WARN, PlotCard, plain_log_ticks, plot_card
@@ -31,7 +32,7 @@ PLACES = {"end": "end", "s2": "S2", "names": "names", "all": "all positions"}
 ATTRIBUTES = {"io": "IO name", "s": "S name", "pos": "order"}
 SUFFICIENCY = re.compile(r"supervised_(end|s2|names|all)_(\w+)_sufficiency")
 EDIT = re.compile(r"supervised_edit_(io|s|pos)_(end|s2|names|all)_(\w+)")
-TASKS = ("factors", "infomec", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+TASKS = ("factors", "infomec", "supervised", "sparse_probing", "bottleneck", "scr", "tpp", "absorption")
 SOURCE = re.compile(r"infomec_source_(.+?)_(\w*explicitness|nmi(?:_floor)?|latents?|values|tokens|entropy_nats)")
 INCHES = (350 / 72, 270 / 72)
 # SCR and TPP: labels of the lines by a part of their keys, and of the vertical axes.
@@ -42,12 +43,13 @@ AXES = {"scr": "fraction of the gap closed", "tpp": "accuracy lost"}
 COLORS = (MUTED, ACCENT, WARN, BAD)
 
 
-def render_probing(found: Results, factors: list[Row], features: str | None = None) -> str:
+def render_probing(found: Results, factors: list[Row], features: str | None = None, classes: Sequence[Row] = ()) -> str:
     """Render ``probing.json`` as a page. Equal input gives equal bytes.
 
     Args:
         factors: Lines of ``factors.jsonl``; may be empty.
         features: Address of the features page, to which latents link.
+        classes: Lines of ``bottleneck.jsonl``; may be empty.
     """
     done = [task for task in TASKS if found.get(f"{task}_done")]
     return document(
@@ -76,6 +78,8 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
         source_columns=SOURCE_COLUMNS,
         factor_columns=FACTOR_COLUMNS,
         factors=[_factor(row, features) for row in factors],
+        class_columns=CLASS_COLUMNS,
+        classes=[bottleneck_class(row, features) for row in classes],
         sufficiency=_sufficiency(found),
         edits=_edits(found),
         sections=_entries(found),
@@ -215,6 +219,12 @@ def _plots(found: Results) -> Iterable[PlotCard]:
         "Sparse probing",
         "Accuracy of a probe on the k best latents or dimensions; dashed: on all of them. Bands: 95% intervals.",
         lambda ax: _accuracies(ax, found),
+        INCHES,
+    )
+    yield plot_card(
+        "Concept bottleneck",
+        "Accuracy on validation rows along the path of L1 penalties, by weights other than 0; dashed: dense probe.",
+        lambda ax: draw_path(ax, found),
         INCHES,
     )
     for task, title, note in (

@@ -15,15 +15,21 @@ from .drawn_latents import drawn_latents
 from .examples import about_records, example_latents, features_files
 from .features import render_features
 from .links import enter_in_others, found_page, page_links, run_directories, with_links
+from .names import render_names
 from .probing import render_probing
 from .recipes import render_recipes
 from .report import render_report
 from .runs import render_runs
+from .select import render_select
+from .similarity import render_similarity
 from .stack import render_stack
+from .steer import render_steer
 from .vectors import render_vectors
 
 # Entry of probing.json: CRC-32 of factors.jsonl.
 FACTORS_DIGEST = "factors_crc32"
+# Classes of the concept bottleneck beside probing.json, and the entry with their CRC-32.
+CLASSES_FILE, CLASSES_DIGEST = "bottleneck.jsonl", "bottleneck_crc32"
 # Suffix of the page's own data file: graph.json has the format of another project and lacks some of it.
 GRAPH_PAGE = "-page"
 
@@ -45,7 +51,8 @@ def render_file(path: str | Path) -> Path:
 
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``circuit_comparison.json``,
-            ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``; other names work too.
+            ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``,
+            ``steer.json``, ``names.json``, ``select.json``, ``similarity.json``; other names work too.
             Related files of the run are read as well: its ``metrics.jsonl``, the files of features, a graph's
             ``graph-page.json``, probing's ``factors.jsonl``.
 
@@ -73,7 +80,7 @@ def render_file(path: str | Path) -> Path:
     if kind is None:
         names = (
             "report.json, comparison.json, circuits.json, circuit_comparison.json, features.json, features.jsonl, graph.json, "
-            "probing.json, diff.json"
+            "probing.json, diff.json, names.json, select.json, steer.json, similarity.json"
         )
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
@@ -159,8 +166,27 @@ def _probing(path: Path, found: dict[str, Any]) -> str:
     rows = path.with_name("factors.jsonl")
     if rows.is_file():
         require_crc32(rows, found.get(FACTORS_DIGEST), path.name)
+    classes = path.with_name(CLASSES_FILE)
+    if classes.is_file() and CLASSES_DIGEST in found:
+        require_crc32(classes, found[CLASSES_DIGEST], path.name)
+    concepts = list(_lines(classes)) if classes.is_file() and CLASSES_DIGEST in found else []
     features = found_page(str(found.get("checkpoint")), "features", path)
-    return render_probing(found, list(_lines(rows)) if rows.is_file() else [], features)
+    return render_probing(found, list(_lines(rows)) if rows.is_file() else [], features, concepts)
+
+
+def _names(path: Path, found: dict[str, Any]) -> str:
+    """Render names of latents, which link to the checkpoint's page of features."""
+    return render_names(found, found_page(str(found.get("checkpoint")), "features", path))
+
+
+def _select(path: Path, found: dict[str, Any]) -> str:
+    """Render a selection; its latents link to the checkpoint's page of features."""
+    return render_select(found, found_page(str(found.get("checkpoint")), "features", path))
+
+
+def _steer(path: Path, found: dict[str, Any]) -> str:
+    """Render contrast steering, with links of its latents to the features page of the checkpoint."""
+    return render_steer(found, found_page(str(found.get("checkpoint")), "features", path))
 
 
 def _circuits(path: Path, found: dict[str, Any]) -> str:
@@ -221,5 +247,14 @@ KINDS = (
         lambda path, found: render_graph(found),
     ),
     ResultKind(frozenset({"diff_version"}), "sparsary diff", "diff", lambda path, found: render_diff(found)),
+    ResultKind(
+        frozenset({"similarity_version"}),
+        "sparsary similarity",
+        "similarity",
+        lambda path, found: render_similarity(found, _reports(path)),
+    ),
+    ResultKind(frozenset({"steer_version"}), "sparsary steer", "steer", _steer),
+    ResultKind(frozenset({"names_version"}), "sparsary name", "names", _names),
+    ResultKind(frozenset({"select_version"}), "sparsary select", "select", _select),
     ResultKind(frozenset({"probing_version"}), "sparsary probe", "probing", _probing),
 )

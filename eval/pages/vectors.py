@@ -45,6 +45,7 @@ def render_vectors(about: Mapping[str, Any], records: Iterable[Mapping[str, Any]
     latents = [
         (
             record["latent"],
+            str(record.get("name") or ""),
             str((record["label"] or {}).get("label", "")),
             _cells(record),
             [_example(example, pictures) for example in record["examples"]],
@@ -79,6 +80,7 @@ def render_vectors(about: Mapping[str, Any], records: Iterable[Mapping[str, Any]
         tiles=tiles,
         columns=COLUMNS,
         latents=latents,
+        named=any("name" in record for record in alive),
         images=bool(pictures),
     )
 

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 from ...sae.files import file_crc32, write_json, write_text
 from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel, load_model
-from ...training.recipe import ModelSection, TextSection
+from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import of_one_model, open_checkpoint, with_model
-from ..pages.render import FACTORS_DIGEST, render_file
+from ..checkpoint import LoadedCheckpoint, of_one_model, open_checkpoint, section_of_vectors, with_model
+from ..pages.render import CLASSES_DIGEST, CLASSES_FILE, FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
+from .bottleneck import bottleneck, bottleneck_lines, bottleneck_table, with_names
 from .datasets import Labelled, NameFactors, Pooled, Tokens, embedded_tokens, no_factors, pool, read_labelled
 from .factor_file import read_factors, tokens_of_file, value_names
 from .infomec import infomec, infomec_table
 from .ioi import score as supervised
+from .labelled_vectors import VECTORS, concept_names, labelled_vectors
 from .saebench.absorption import ABSORPTION_TOKENS, absorption
 from .saebench.datasets import embedded_data
 from .saebench.output import SaebenchResult, result_file
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     import pandas
 
 PROBING_VERSION = 1
-TASKS = ("factors", "infomec", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+TASKS = ("factors", "infomec", "supervised", "sparse_probing", "bottleneck", "scr", "tpp", "absorption")
 # Tasks that need the factors of every token, and those that read ``labels``; the other generates prompts.
 OF_TOKENS = ("factors", "infomec")
-LABELLED = ("sparse_probing", "scr", "tpp", "absorption")
+LABELLED = ("sparse_probing", "bottleneck", "scr", "tpp", "absorption")
+# Those that run on labelled vectors from files, too.
+OF_VECTORS = ("bottleneck",)
 NO_LABELS = "--labels: expected a JSONL file of labelled text: only the embedded corpus comes with labels of its own."
 
 
@@ -78,7 +82,7 @@ def probe(
 
     Args:
         tasks: Names from ``TASKS``. Default: every task that can run; the report gives the reason for each one left out.
-        labels: JSONL file of labelled text for the last four tasks, instead of the embedded corpus.
+        labels: JSONL file of labelled text for the last five tasks, instead of the embedded corpus.
         out: Output folder. Default: ``CHECKPOINT/probing``.
         tokens: Number of tokens for ``factors``, ``infomec`` and ``absorption``, instead of their defaults.
         model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
@@ -97,6 +101,9 @@ def probe(
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
     opened = of_one_model(open_checkpoint(checkpoint, with_model(options, model, tokenizer)), "sparsary probe")
+    section = section_of_vectors(opened)
+    if section is not None:
+        return _probe_vectors(opened, section, tasks, data, out, tokens, seed)
     dictionary, source = probe_source(opened)
     if tasks and not factors_known(source):
         # Before the model, which takes longer.
@@ -141,6 +148,7 @@ def probe(
         "infomec": lambda: _infomec(subject, *known(), seed, found),
         "supervised": lambda: _supervised(subject, seed, found, target),
         "sparse_probing": lambda: _benchmark("sparse_probing", sparse_probing(subject, texts(), seed), subject, found),
+        "bottleneck": lambda: _bottleneck(texts(), opened, seed, found, target),
         "scr": lambda: _benchmark("scr", scr(subject, texts(), seed), subject, found),
         "tpp": lambda: _benchmark("tpp", tpp(subject, texts(), seed), subject, found),
         "absorption": lambda: _benchmark("absorption", _absorption(subject, data, texts, tokens, seed), subject, found),
@@ -159,6 +167,48 @@ def probe(
             else:
                 report[f"{task}_done"] = True
         shown.update(len(wanted), "")
+    write_json(found.path, report, sealed=True)
+    render_file(found.path)
+    return found
+
+
+def _probe_vectors(
+    opened: LoadedCheckpoint,
+    section: HarvestSection,
+    tasks: Iterable[str] | None,
+    data: Labelled | None,
+    out: str | Path | None,
+    rows: int | None,
+    seed: int,
+) -> ProbingResults:
+    """Run the tasks of labelled vectors; as ``probe``."""
+    wanted = require_tasks(tasks or OF_VECTORS)
+    if other := [task for task in wanted if task not in OF_VECTORS]:
+        raise ValueError(
+            f"--task {other[0]}: expected {', '.join(OF_VECTORS)}, because this dictionary is of vectors from files."
+        )
+    if data is not None:
+        raise ValueError("--labels: expected none for a dictionary of vectors: their labels are in the table harvest.rows.")
+    dictionary = opened.members[0].dictionary
+    vectors = labelled_vectors(section, dictionary, rows or VECTORS, seed)
+    target = Path(out) if out is not None else opened.results / "probing"
+    report = Report(
+        {
+            "probing_version": PROBING_VERSION,
+            "checkpoint": opened.name,
+            "encoder": json.dumps(dictionary.arguments()["encoder"]),
+            "n_latents": dictionary.n_latents,
+            "hook": None,
+            "model": None,
+            "labels": section.rows,
+            "factor_file": None,
+            "seed": seed,
+            "rows": len(vectors.labels),
+        }
+    )
+    found = ProbingResults(report, target / "probing.json")
+    target.mkdir(parents=True, exist_ok=True)
+    report |= _bottleneck([vectors], opened, seed, found, target) | {"bottleneck_done": True}
     write_json(found.path, report, sealed=True)
     render_file(found.path)
     return found
@@ -207,6 +257,16 @@ def _supervised(subject: ProbeTarget, seed: int, found: ProbingResults, target: 
     _write_lines(target / "supervised.jsonl", rows)
     found.tables.append(supervised.supervised_table(report))
     return report
+
+
+def _bottleneck(data: list[Pooled], opened: LoadedCheckpoint, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:
+    report, classes = bottleneck(data, seed)
+    latents = {concept["latent"] for row in classes for concept in row["concepts"]}
+    rows = with_names(classes, concept_names(opened, latents))
+    _write_lines(target / CLASSES_FILE, rows)
+    found.tables.append(bottleneck_table(rows))
+    found.lines += bottleneck_lines(report)
+    return report | {CLASSES_DIGEST: file_crc32(target / CLASSES_FILE)}
 
 
 def _absorption(

@@ -1,0 +1,1 @@
+"""Names of latents from vectors of words (``sparsary name``)."""

@@ -1,0 +1,1 @@
+"""Selection of training data by latents (``sparsary select``)."""
