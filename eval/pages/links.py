@@ -33,7 +33,7 @@ COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff"
 # Options of `sparsary select` that are named where they differ.
 SELECT_DEFAULTS = {"keep": 0.05, "by": "latents", "pooling": "max", "top": 256, "column": "text", "truth": None}
 FOLDERS = {Path(places[0]).parent.name for places in PLACES.values()} - {""}
-COMPARISON, RECIPE = "comparison", "recipe.yaml"
+COMPARISON, SIMILARITY, RECIPE = "comparison", "similarity", "recipe.yaml"
 # A comparison of recipes lies this many folders above its runs at most: OUT/RECIPE/seed-0.
 ABOVE = 3
 NAVIGATION = re.compile(r'<nav class="pages".*?</nav>', re.DOTALL)
@@ -74,6 +74,9 @@ def run_directories(page: Path, result: Mapping[str, Any]) -> list[Path]:
 
 def page_links(label: str, page: Path, result: Mapping[str, Any]) -> list[PageLink]:
     """Return the links to the existing pages of a result's run, in a fixed order; ``label`` is that of the page itself."""
+    if label == SIMILARITY:
+        # It is of several runs alike, and names their reports itself.
+        return [PageLink(label, "")]
     directories = run_directories(page, result)
     links = []
     for name in (*PLACES, COMPARISON):
@@ -99,6 +102,8 @@ def enter_in_others(label: str, page: Path, result: Mapping[str, Any]) -> None:
 
     A comparison is entered in the pages of every run that it compares.
     """
+    if label == SIMILARITY:
+        return
     directories = _compared(result) if label == COMPARISON else run_directories(page, result)
     for other in PLACES if directories else ():
         for target in dict.fromkeys(_pages(other, directories)):
@@ -144,9 +149,11 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["circuits", result["transcoders"], "--prompt", result["prompt"]]
     elif label == COMPARISON and result.get("runs"):
         words += ["compare", *(run["directory"] for run in result["runs"])]
+    elif label == SIMILARITY and result.get("checkpoints"):
+        words += [SIMILARITY, *result["checkpoints"], "--tokens", result["tokens"]]
     else:
         return ""
-    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", "steer")
+    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", "steer", SIMILARITY)
     words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
 

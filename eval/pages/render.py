@@ -21,6 +21,7 @@ from .recipes import render_recipes
 from .report import render_report
 from .runs import render_runs
 from .select import render_select
+from .similarity import render_similarity
 from .stack import render_stack
 from .steer import render_steer
 from .vectors import render_vectors
@@ -51,7 +52,7 @@ def render_file(path: str | Path) -> Path:
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``circuit_comparison.json``,
             ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``,
-            ``steer.json``, ``names.json``, ``select.json``; other names work too.
+            ``steer.json``, ``names.json``, ``select.json``, ``similarity.json``; other names work too.
             Related files of the run are read as well: its ``metrics.jsonl``, the files of features, a graph's
             ``graph-page.json``, probing's ``factors.jsonl``.
 
@@ -79,7 +80,7 @@ def render_file(path: str | Path) -> Path:
     if kind is None:
         names = (
             "report.json, comparison.json, circuits.json, circuit_comparison.json, features.json, features.jsonl, graph.json, "
-            "probing.json, diff.json, names.json, select.json, steer.json"
+            "probing.json, diff.json, names.json, select.json, steer.json, similarity.json"
         )
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
@@ -246,6 +247,12 @@ KINDS = (
         lambda path, found: render_graph(found),
     ),
     ResultKind(frozenset({"diff_version"}), "sparsary diff", "diff", lambda path, found: render_diff(found)),
+    ResultKind(
+        frozenset({"similarity_version"}),
+        "sparsary similarity",
+        "similarity",
+        lambda path, found: render_similarity(found, _reports(path)),
+    ),
     ResultKind(frozenset({"steer_version"}), "sparsary steer", "steer", _steer),
     ResultKind(frozenset({"names_version"}), "sparsary name", "names", _names),
     ResultKind(frozenset({"select_version"}), "sparsary select", "select", _select),
