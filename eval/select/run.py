@@ -34,14 +34,14 @@ from ..result import Report
 from .cover import coverage, greedy_cover
 from .held_back import Reference, held_back, score_pool
 from .pooled import POOLINGS, TOP_ENTRIES, PooledDocuments, PoolReader, SparseRows, Vocabulary, together
-from .similarity import METHODS, PoolStatistics, contributions, mean_row
+from .similarity import METHODS, PoolStatistics, contributions, contributions_to_minimum, mean_row
 from .store import PooledPool, store_pool, stored_pool
 
 SELECT_VERSION = 1
 SELECT_FILE, CHOSEN_FILE, POOL_FOLDER = "select.json", "chosen.jsonl", "pool"
 KEEP = 0.05
 # Candidates of a diverse choice, for each document that is kept: similarity comes first.
-CANDIDATES = 4
+CANDIDATES = 2
 # Latents named for each document, and in all.
 CAUSES, LATENTS = 5, 25
 # Documents on the page: the best, and those around the limit of the choice.
@@ -211,13 +211,12 @@ class _Selection:
 
     def _diversify(self) -> None:
         candidates = self.ranked["latents"][: CANDIDATES * self.count]
-        rows = self._rows(candidates).units["latents"]
-        weights = self.prototype / self.prototype.sum()
-        order = greedy_cover(rows, weights, self.count)
+        rows = contributions_to_minimum(self._rows(candidates).units["latents"], self.prototype)
+        order = greedy_cover(rows, self.count)
         self.cover = {
             "candidates": len(candidates),
-            "coverage": coverage(rows, weights, order),
-            "coverage_of_best": coverage(rows, weights, np.arange(min(self.count, len(candidates)))),
+            "coverage": coverage(rows, self.prototype, order),
+            "coverage_of_best": coverage(rows, self.prototype, np.arange(min(self.count, len(candidates)))),
         }
         self.chosen = candidates[order]
 

@@ -86,12 +86,14 @@ def test_jaccard_is_the_sum_of_its_parts_and_that_of_its_definition():
 
 
 def test_a_cover_takes_what_is_new_and_begins_anew():
-    rows = sparse.csr_array(np.array([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0.0]]))
-    weights = np.array([3.0, 2, 1, 1.5, 4])
-    order = greedy_cover(rows, weights, 4)
-    assert order.tolist() == [0, 2, 1, 3]
-    assert coverage(rows, weights, order[:2]) == pytest.approx(7.5 / 11.5)
-    assert coverage(rows, weights, [0, 1]) == pytest.approx(6 / 11.5)
+    rows = sparse.csr_array(np.array([[3, 2, 1, 0, 0], [2.5, 2, 0, 0, 0], [0, 0, 0, 1.5, 0], [0, 0, 2, 1, 0.0]]))
+    prototype = np.array([3.0, 2, 2, 1.5, 4])
+    order = greedy_cover(rows, 4)
+    # The fourth adds 1 + 1, the third then only 0.5, and nothing is left for the second but a new beginning.
+    assert order.tolist() == [0, 3, 2, 1]
+    assert coverage(rows, prototype, order[:2]) == pytest.approx(8 / 12.5)
+    assert coverage(rows, prototype, [0, 1]) == pytest.approx(6 / 12.5)
+    assert greedy_cover(rows[[0, 0, 2]], 3).tolist() == [0, 2, 1]
 
 
 def test_word_scores_are_scikit_learns_and_bm25_by_hand(files):
