@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .eval.report.evaluate import evaluate, evaluate_all
     from .eval.result import Features, Report
     from .eval.select.run import SelectSettings, select
+    from .eval.steer.run import steer
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
     from .training.activations.model import LanguageModel
@@ -92,6 +93,7 @@ __all__ = [
     "sae",
     "select",
     "similarity",
+    "steer",
     "train",
     "training",
     "transcoders",
@@ -126,6 +128,7 @@ _HOMES = {
     "eval.report.evaluate": "evaluate evaluate_all",
     "eval.result": "Features Report",
     "eval.select.run": "SelectSettings select",
+    "eval.steer.run": "steer",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -364,7 +367,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "compare", "similarity", "info", "render")
+    evaluates = command in ("eval", "features", "probe", "circuits", "diff", "steer", "compare", "similarity", "info", "render")
     try:
         with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error

@@ -42,7 +42,7 @@ API = {
         "One function per command. Each writes the files that the command writes and returns their contents.",
         "evaluate evaluate_all InferenceMode features Explainer NeuronpediaExport probe ProbingResults circuits "
         "CircuitSettings compare_circuits mib_submission attribution_graph compare similarity diff "
-        "name select SelectSettings Report Features",
+        "name select SelectSettings steer Report Features",
     ),
     "sharing": (
         "Describing and sharing",

@@ -2,8 +2,8 @@
 
 import typer
 
-from .commands import circuits, compare, evaluate, features, files, name, probe, select
+from .commands import circuits, compare, evaluate, features, files, name, probe, select, steer
 
 app = typer.Typer()
-for group in (evaluate, features, name, probe, select, circuits, compare, files):
+for group in (evaluate, features, name, probe, select, steer, circuits, compare, files):
     app.add_typer(group.app)

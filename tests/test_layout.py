@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
 # Who may print: command lines, and scripts that are run by path or as processes of their own.
-PRINTING = re.compile(r"(.*\.)?cli|eval\.commands\..*|training\.console|training\.embedded\.(train|tune)")
+PRINTING = re.compile(r"(.*\.)?cli|eval\.commands\..*|training\.console|training\.embedded\.(train|tune|bilingual)")
 # What the lower layers stand on. Their folders may use more: kernels compile, formats read others' YAML.
 CORE = {"torch", "safetensors", "numpy", "jaxtyping", "huggingface_hub", *sys.stdlib_module_names}
 MORE = {"sae.kernels": {"numba", "triton"}, "sae.formats": {"ruamel"}}

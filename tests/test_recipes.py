@@ -32,6 +32,8 @@ CONFIGS = {
         "GPTNeoXConfig",
         {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
     ),
+    # Made by a command that the recipe names.
+    "runs/embedded/bilingual": ("GPT2Config", {"n_embd": 128, "n_layer": 4, "n_head": 4}),
     "models/stories3M": (
         "LlamaConfig",
         {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 512},

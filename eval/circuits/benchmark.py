@@ -6,7 +6,7 @@ rows.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..pages.render import render_file
 from ..result import Report
 from .compared_units import UNIT_SETS, n_spaces, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
+from .heads.tables import head_tables
 from .methods import METHODS, Method, UnitScores
 from .methods.exact import ExactPatching
 from .scoring.edge_files import edge_graph
@@ -65,6 +66,8 @@ VERIFIED_PAIRS = 32
 TAKEN_OUT = 20
 DRAWN = 40
 EDGES = 200
+# Nodes in the console's table of direct effects.
+SHOWN_NODES = 8
 LEVEL = 0.8
 PER_DECADE = 4
 
@@ -87,6 +90,8 @@ class CircuitSettings:
         edges: Also rank the edges between heads and MLPs.
         random_circuits: Number of random circuits per size, with as many units per hook as the circuit found: a floor of its
             curve. Each takes as long to evaluate as the circuit.
+        heads: Also measure direct effects of heads and MLPs on the answer, and in multiple choice tasks attention to labels and
+            the rank of the heads' queries, keys and values.
         units: Names of ``UNIT_SETS`` in which circuits are looked for; by default all that there are.
 
     Raises:
@@ -106,6 +111,7 @@ class CircuitSettings:
     seed: int = 0
     edges: bool = False
     random_circuits: int = 0
+    heads: bool = False
     units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -178,6 +184,7 @@ def circuits(
         "curves": [],
         "circuits": [],
     }
+    found |= {"head_effects": [], "head_ranks": []} if settings.heads else {}
     edge_files: dict[str, Row] = {}
     families_each = n_spaces(language_model, several, settings.units) + settings.edges
     n_steps = families_each * len(settings.tasks) * len(settings.methods)
@@ -202,6 +209,10 @@ def circuits(
                     work.judge(family, space, name, found)
                     shown.update(shown.done + 1)
             edge_files |= work.edge_files
+            if settings.heads:
+                effects, ranks = head_tables(language_model, work.chosen_on, work.judged_on, settings.seed)
+                found["head_effects"] += effects
+                found["head_ranks"] += ranks
     directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     found |= {"edge_files": list(edge_files)} if edge_files else {}
@@ -234,6 +245,32 @@ def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
             figures.append("-" if row["exact_pearson"] is None else f"{row['exact_pearson']:.3f}")
         rows.append([row["task"], row["family"], row["method"], *figures])
     return head, rows
+
+
+def head_rows(found: Row) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yield tables of the nodes with the largest direct effects, and of the ranks, if they were measured."""
+    for task in dict.fromkeys(row["task"] for row in found.get("head_effects", ())):
+        rows = [row for row in found["head_effects"] if row["task"] == task]
+        rows = sorted(rows, key=lambda row: -abs(row["direct"]))[:SHOWN_NODES]
+        keys = ("direct", "direct_share", "attention_right", "attention_others")
+        figures = [["-" if row.get(key) is None else f"{row[key]:.3f}" for key in keys] for row in rows]
+        head = ["node", "direct effect", "share", "right label", "other labels", "attends to"]
+        yield (
+            ["task", *head],
+            [[task, row["node"], *of, row.get("attends", "-")] for row, of in zip(rows, figures, strict=True)],
+        )
+    if found.get("head_ranks"):
+        head = ["task", "heads", "part", "rank for 95 %", "of", "accuracy", "options"]
+        yield (
+            head,
+            [
+                [
+                    *(row["task"], ", ".join(row["heads"]), row["part"], str(row["rank_needed"]), str(row["ranks"][-1])),
+                    *(f"{row['accuracy']:.3f}", str(row["options"])),
+                ]
+                for row in found["head_ranks"]
+            ],
+        )
 
 
 class _Task:

@@ -45,6 +45,13 @@ def _circuits(
     corruption: Annotated[str | None, typer.Option(help="How prompts are corrupted. Default: the task's own.")] = None,
     pairs: Annotated[int, typer.Option(help="Number of prompt pairs: half to find circuits, half to evaluate them.")] = 100,
     edges: Annotated[bool, typer.Option("--edges", help="Also score edges between heads and MLPs.")] = False,
+    heads: Annotated[
+        bool,
+        typer.Option(
+            "--heads",
+            help="Also measure direct effects of heads on the answer; in multiple choice, attention to labels and ranks too.",
+        ),
+    ] = False,
     out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/circuits.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed for prompts, random features and resampling.")] = 0,
     prompt: Annotated[
@@ -99,7 +106,7 @@ def _circuits(
         from ..attribution_graphs.run import attribution_graph
         from ..attribution_graphs.summary import graph_summary, graph_tables
 
-        if task or method or units or compare or mib is not None or len(checkpoints) != 1:
+        if task or method or units or compare or heads or mib is not None or len(checkpoints) != 1:
             raise ValueError(
                 "--prompt: expected one CHECKPOINT and none of --task, --method, --units, --compare, --mib: it draws one graph."
             )
@@ -116,7 +123,7 @@ def _circuits(
         if given:
             raise ValueError(f"{name}: expected --prompt beside it, got none: it concerns one text's graph. Add --prompt TEXT.")
     from ..checkpoint import with_grids_members
-    from ..circuits.benchmark import CircuitSettings, best_rows, circuits
+    from ..circuits.benchmark import CircuitSettings, best_rows, circuits, head_rows
 
     methods = {"methods": tuple(method)} if method else {"methods": ("attribution",)} if compare or mib is not None else {}
     tasks = {"tasks": tuple(task)} if task else {"tasks": repair} if repair else {}
@@ -126,11 +133,14 @@ def _circuits(
         pairs=pairs,
         seed=seed,
         edges=edges,
+        heads=heads,
         random_circuits=random_circuits or 0,
         units=tuple(units or ()),
         **methods,
         **tasks,
     )
+    if heads and (compare or mib is not None):
+        raise ValueError("--heads: expected without --compare and --mib: it is part of circuits.html.")
     if compare and mib is not None:
         raise ValueError("--mib: expected without --compare: it scores the edges of one model.")
     if compare:
@@ -146,6 +156,9 @@ def _circuits(
         return
     found = circuits(with_grids_members(checkpoints), settings, out, options)
     print_table(*best_rows(found))
+    for table in head_rows(found):
+        print()
+        print_table(*table)
     print(f"results: {found['path']}")
     print(f"page: {found['page_path']}")
 

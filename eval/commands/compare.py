@@ -64,7 +64,7 @@ def _similarity(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="Dictionaries of several seeds, widths or layers, or a stack.")
     ],
-    out: Annotated[str | None, typer.Option(help="Output directory for similarity.json. Default: print only.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output directory for similarity.json and page. Default: print only.")] = None,
     tokens: Annotated[int, typer.Option(min=0, help="Held-out tokens for stitching; 0: directions only.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Random seed of the floor of random directions.")] = 0,
     *,
@@ -79,7 +79,7 @@ def _similarity(
         for name, reason in row["reasons"].items():
             print(f"{row['a']}, {row['b']}: no {name}: {reason}")
     if out is not None:
-        print(f"results: {found['path']}")
+        print(f"results: {found['path']}\npage: {found['page_path']}")
 
 
 @app.command("diff")

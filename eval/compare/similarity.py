@@ -1,10 +1,11 @@
-"""Similarity of dictionaries of neighboring layers, seeds or widths (``sparsary similarity``): ``similarity.json``."""
+"""Similarity of dictionaries of neighboring layers, seeds or widths: ``similarity.json`` and its page."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,15 @@ from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import LoadedCheckpoint, activations_on_text, open_checkpoint, short_names, with_grids_members, with_model
 from ..features.scores import activation_auroc
+from ..pages.render import render_file
 from ..result import Report
-from .stitching import SAME, LatentMatching, Stitching, match_latents, random_cosine, stitch
+from .stitching import SAME, LatentMatching, Stitching, match_latents, random_cosines, stitch
 
 SCHEMA_VERSION = 1
 DEFAULT_TOKENS = 20_000
 FILE = "similarity.json"
+# Of the histograms of cosines.
+BINS = 40
 
 Row = dict[str, Any]
 
@@ -45,7 +49,7 @@ def similarity(
     model: Any = None,
     tokenizer: Any = None,
 ) -> Report:
-    """Compare the latents of dictionaries in pairs; write ``similarity.json`` and return its content.
+    """Compare the latents of dictionaries in pairs; write ``similarity.json`` and its page, return the former.
 
     Checkpoints with one dictionary each are compared with each other: seeds, widths, or layers. Of directories with several,
     neighboring hooks are compared, and equal hooks of two directories. Directions are compared in the space that the
@@ -57,7 +61,7 @@ def similarity(
             print(row["a"], row["b"], row["matched_cosine"], row["matched_share"], row["novel_share"])
 
     Args:
-        out: Output directory; by default the file is not written.
+        out: Output directory; by default no files are written.
         tokens: Held-out tokens for stitching, which is measured between dictionaries of the same hooks; 0: no stitching.
         activations: Stitch on these activations, ``(tokens, d_in)``, in place of the model's.
         seed: Seed of the random directions that are the floor.
@@ -65,7 +69,7 @@ def similarity(
         model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
 
     Returns:
-        The content of ``similarity.json``; ``rows`` has one entry per pair.
+        The content of ``similarity.json``; ``rows`` has one entry per pair. With ``out``, ``page_path`` is the page's.
 
     Raises:
         ValueError: If there are fewer than two dictionaries, or a checkpoint, its model or its text cannot be loaded.
@@ -86,13 +90,20 @@ def similarity(
             rows.append(_matched(members[a], members[b], seed))
             shown.update(done + 1)
     _stitch_pairs(rows, pairs, members, opened, tokens, activations)
-    found: Row = {"similarity_version": SCHEMA_VERSION, "checkpoints": names, "tokens": tokens, "same": SAME, "rows": rows}
+    found: Row = {
+        "similarity_version": SCHEMA_VERSION,
+        "checkpoints": names,
+        "tokens": tokens if activations is None else len(activations),
+        "seed": seed,
+        "same": SAME,
+        "rows": rows,
+    }
     if out is None:
         return Report(found, rows)
     path = Path(out) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found, sealed=True)
-    return Report(found | {"path": str(path)}, rows)
+    return Report(found | {"path": str(path), "page_path": str(render_file(path))}, rows)
 
 
 def similarity_table(found: Row) -> tuple[list[str], list[list[str]]]:
@@ -143,6 +154,7 @@ def _matched(a: _Compared, b: _Compared, seed: int) -> Row:
     )
     row |= {"nearest_share_b": None, "stitched": None, "active": None, "novel_share": None, "reconstruction_share": None}
     row |= {"cosine_auroc": None, "fvu_small": None, "fvu_large": None, "reasons": {}}
+    row |= {"matched_counts": None, "random_counts": None}
     if atoms[0].shape[1] != atoms[1].shape[1]:
         row["reasons"]["matched_cosine"] = f"directions of width {atoms[0].shape[1]} and {atoms[1].shape[1]} have no cosine"
         return row
@@ -160,8 +172,15 @@ def _matched(a: _Compared, b: _Compared, seed: int) -> Row:
         row["reasons"]["matched_cosine"] = "too many latents to match one to one: nearest ones only"
         return row
     row["matched_cosine"], row["matched_share"] = _number(found.cosines.mean()), _number((found.cosines >= SAME).mean())
-    floor = random_cosine(len(atoms[0]), len(atoms[1]), atoms[0].shape[1], seed)
-    return row | {"random_cosine": None if floor is None else _number(floor)}
+    row["matched_counts"] = _counts(found.cosines)
+    floor = random_cosines(len(atoms[0]), len(atoms[1]), atoms[0].shape[1], seed)
+    return row if floor is None else row | {"random_cosine": _number(floor.mean()), "random_counts": _counts(floor)}
+
+
+def _counts(cosines: np.ndarray) -> list[int]:
+    """Return the numbers of cosines in bins of equal width from -1 to 1."""
+    # Rounding may leave a cosine slightly above 1.
+    return np.histogram(cosines.clip(-1, 1), BINS, (-1, 1))[0].tolist()
 
 
 def _stitch_pairs(

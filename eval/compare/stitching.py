@@ -60,14 +60,13 @@ def match_latents(a: Float[Tensor, "latents_a d"], b: Float[Tensor, "latents_b d
     return LatentMatching(*ends, cosines[partners], partners)
 
 
-def random_cosine(n_a: int, n_b: int, d: int, seed: int = 0) -> float | None:
-    """Return the mean matched cosine of random directions in place of both dictionaries; None if there are too many."""
+def random_cosines(n_a: int, n_b: int, d: int, seed: int = 0) -> Float[np.ndarray, " matched"] | None:
+    """Return the matched cosines of random directions in place of both dictionaries; None if there are too many."""
     if n_a * n_b > MATCHED_ENTRIES:
         return None
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, d, generator=draw) for n in (n_a, n_b))
-    found = match_latents(a, b)
-    return None if found.cosines is None else float(found.cosines.mean())
+    return match_latents(a, b).cosines
 
 
 @dataclass(frozen=True, eq=False)

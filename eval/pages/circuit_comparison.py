@@ -56,7 +56,7 @@ def render_circuit_comparison(found: Row) -> str:
         "circuit_comparison.html",
         f"sparsary circuits \u00b7 {' and '.join(models)}",
         ("table.css", "circuit_comparison.css"),
-        ("page.js", "table.js", "circuit_comparison.js"),
+        ("page.js", "table.js", "sorted.js"),
         command="circuits --compare",
         heading=f"Circuits compared: {' and '.join(models)}",
         shape=f"{_count(len(found['tasks']), 'task')} \u00b7 {_count(len(models), 'model')} \u00b7 "

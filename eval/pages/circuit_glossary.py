@@ -46,6 +46,21 @@ CIRCUIT = {
     "auc": "Area under the ROC curve of scores against the ground-truth units: 1 ranks all of them first, 0.5 is chance. Only "
     "for models with a known circuit.",
 }
+HEADS = {
+    "direct": "Direct effect of a node on the answer's logit, minus its mean effect on the logits of answer and foils, with "
+    "the denominator of the final norm held fixed; mean over evaluation pairs, in logits. All nodes and the biases sum to the "
+    "model's own centred logit.",
+    "direct_share": "Direct effect divided by the model's centred logit of the answer.",
+    "attention_right": "Attention of a head from the question to the label of the right option, mean over pairs.",
+    "attention_others": "Its attention to the other labels, summed.",
+    "attends": "Class of a head by its attention to the labels: the right label, one place (the same label whichever is "
+    "right), all labels, or elsewhere (less than half of it is on labels).",
+    "rank_needed": "Fewest directions that keep 95 % of the accuracy if queries (q, at the question), keys or values (k, v, at "
+    "the labels) of the heads of largest direct effect keep only their mean and their part in the directions of largest "
+    "variance, fitted on the other pairs.",
+    "accuracy_by_rank": "Accuracy with so many of these directions.",
+    "accuracy_random": "Accuracy with as many random directions, mean of 3 draws: a floor.",
+}
 COST = {
     "forwards": "Forward passes of whole batches (32 pairs, unless a method uses another size) for scoring; evaluation of the "
     "circuits is not counted.",
@@ -65,6 +80,7 @@ EXPLANATIONS = {
     "Task": QUESTION,
     "Unit sets": FAMILY,
     "Circuits": CIRCUIT,
+    "Heads": HEADS,
     "Cost of scoring": COST,
     "Plots and drawings": DRAWN,
 }

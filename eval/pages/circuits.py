@@ -9,6 +9,7 @@ from typing import Any
 from .charts import COLORS
 from .circuit_drawing import CircuitDrawing, draw_circuit
 from .circuit_glossary import EXPLANATIONS, explanation
+from .circuit_heads import head_tables_of
 from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
 from .document import document
 from .drawn_latents import DrawnLatent
@@ -115,6 +116,7 @@ def _section(found: Row, task: str, index: int, methods: list[str], labels: dict
             }
             for row in rows
         ],
+        "heads": head_tables_of(found, task),
         "circuits": {
             method: _circuits(found, task, method, f"{index}-{at}", labels, latents) for at, method in enumerate(methods)
         },

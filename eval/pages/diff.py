@@ -79,13 +79,13 @@ def render_diff(found: dict[str, Any]) -> str:
             plot_card(
                 "Relative decoder norms",
                 "Norm in the tuned model divided by the sum of both. 0: base only, 1: tuned only. Silent latents are left out.",
-                lambda ax: _bars(ax, found["relative_norms"], (0.0, 1.0), "relative norm of the tuned model"),
+                lambda ax: bars(ax, found["relative_norms"], (0.0, 1.0), "relative norm of the tuned model"),
                 SIZE,
             ),
             plot_card(
                 "Cosines of latents in both models",
                 "Between a latent's decoder rows in the two models. 1: the same direction.",
-                lambda ax: _bars(ax, found["cosines"], (-1.0, 1.0), "cosine"),
+                lambda ax: bars(ax, found["cosines"], (-1.0, 1.0), "cosine"),
                 SIZE,
             ),
             plot_card(
@@ -209,7 +209,7 @@ def _promoted(logits: dict[str, Any] | str) -> str:
     return " ".join(entry["token"] for entry in logits["promoted"][:8])
 
 
-def _bars(ax: Axes, counts: list[int] | None, ends: tuple[float, float], label: str) -> str | None:
+def bars(ax: Axes, counts: list[int] | None, ends: tuple[float, float], label: str) -> str | None:
     if not counts or not sum(counts):
         return None
     edges = np.linspace(*ends, len(counts) + 1)

@@ -63,6 +63,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
             "encoder": encoder_label(about.get("encoder")),
             "checkpoint": about.get("checkpoint"),
+            **({"left out": about["left_out"]} if about.get("left_out") else {}),
             **({"doubts": "; ".join(about["doubts"])} if about.get("doubts") else {}),
         },
         scores=SCORES,

@@ -26,13 +26,14 @@ PLACES = {
     "diff": ("diff/diff.html", "diff.html"),
     "names": ("names/names.html", "names.html"),
     "select": ("select/select.html", "select.html"),
+    "steer": ("steer/steer.html", "steer.html"),
 }
 # Page -> command that makes it of one checkpoint.
-COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "names": "name"}
+COMMANDS = {"report": "eval", "features": "features", "probing": "probe", "diff": "diff", "names": "name", "steer": "steer"}
 # Options of `sparsary select` that are named where they differ.
 SELECT_DEFAULTS = {"keep": 0.05, "by": "latents", "pooling": "max", "top": 256, "column": "text", "truth": None}
 FOLDERS = {Path(places[0]).parent.name for places in PLACES.values()} - {""}
-COMPARISON, RECIPE = "comparison", "recipe.yaml"
+COMPARISON, SIMILARITY, RECIPE = "comparison", "similarity", "recipe.yaml"
 # A comparison of recipes lies this many folders above its runs at most: OUT/RECIPE/seed-0.
 ABOVE = 3
 NAVIGATION = re.compile(r'<nav class="pages".*?</nav>', re.DOTALL)
@@ -73,6 +74,9 @@ def run_directories(page: Path, result: Mapping[str, Any]) -> list[Path]:
 
 def page_links(label: str, page: Path, result: Mapping[str, Any]) -> list[PageLink]:
     """Return the links to the existing pages of a result's run, in a fixed order; ``label`` is that of the page itself."""
+    if label == SIMILARITY:
+        # It is of several runs alike, and names their reports itself.
+        return [PageLink(label, "")]
     directories = run_directories(page, result)
     links = []
     for name in (*PLACES, COMPARISON):
@@ -98,6 +102,8 @@ def enter_in_others(label: str, page: Path, result: Mapping[str, Any]) -> None:
 
     A comparison is entered in the pages of every run that it compares.
     """
+    if label == SIMILARITY:
+        return
     directories = _compared(result) if label == COMPARISON else run_directories(page, result)
     for other in PLACES if directories else ():
         for target in dict.fromkeys(_pages(other, directories)):
@@ -121,6 +127,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["--labels", result["labels"]] if result.get("labels") else []
         words += ["--vectors", result["vectors"]] + ["--center"] * result["center"] if result.get("vectors") else []
         words += ["--difference-sae"] if result.get("difference_sae_asked") else []
+        words += _steer_options(result) if label == "steer" else []
     elif label == "select" and checkpoint:
         words += ["select", checkpoint, "--pool", result["pool"], "--like", result["like"]]
         words += [
@@ -142,11 +149,21 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["circuits", result["transcoders"], "--prompt", result["prompt"]]
     elif label == COMPARISON and result.get("runs"):
         words += ["compare", *(run["directory"] for run in result["runs"])]
+    elif label == SIMILARITY and result.get("checkpoints"):
+        words += [SIMILARITY, *result["checkpoints"], "--tokens", result["tokens"]]
     else:
         return ""
-    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select")
+    seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", "steer", SIMILARITY)
     words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
+
+
+def _steer_options(result: Mapping[str, Any]) -> list[Any]:
+    words = ["--towards", result["towards"], "--from", result["from"]]
+    words += ["--neutral", result["neutral"]] if result.get("neutral") else []
+    words += ["--tokens", ",".join(result["tokens_given"])] if result.get("tokens_given") else []
+    words += [word for prompt in result.get("prompts_given") or () for word in ("--prompt", prompt)]
+    return [*words, "--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
 
 
 def _named_models(result: Mapping[str, Any]) -> list[str]:

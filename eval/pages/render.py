@@ -21,7 +21,9 @@ from .recipes import render_recipes
 from .report import render_report
 from .runs import render_runs
 from .select import render_select
+from .similarity import render_similarity
 from .stack import render_stack
+from .steer import render_steer
 from .vectors import render_vectors
 
 # Entry of probing.json: CRC-32 of factors.jsonl.
@@ -50,7 +52,7 @@ def render_file(path: str | Path) -> Path:
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``circuit_comparison.json``,
             ``features.json`` or ``features.jsonl``, ``graph.json``, ``probing.json``, ``diff.json``,
-            ``names.json``, ``select.json``; other names work too.
+            ``steer.json``, ``names.json``, ``select.json``, ``similarity.json``; other names work too.
             Related files of the run are read as well: its ``metrics.jsonl``, the files of features, a graph's
             ``graph-page.json``, probing's ``factors.jsonl``.
 
@@ -78,7 +80,7 @@ def render_file(path: str | Path) -> Path:
     if kind is None:
         names = (
             "report.json, comparison.json, circuits.json, circuit_comparison.json, features.json, features.jsonl, graph.json, "
-            "probing.json, diff.json, names.json, select.json"
+            "probing.json, diff.json, names.json, select.json, steer.json, similarity.json"
         )
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
@@ -182,6 +184,11 @@ def _select(path: Path, found: dict[str, Any]) -> str:
     return render_select(found, found_page(str(found.get("checkpoint")), "features", path))
 
 
+def _steer(path: Path, found: dict[str, Any]) -> str:
+    """Render contrast steering, with links of its latents to the features page of the checkpoint."""
+    return render_steer(found, found_page(str(found.get("checkpoint")), "features", path))
+
+
 def _circuits(path: Path, found: dict[str, Any]) -> str:
     """Render circuits, with the top tokens of their latents from the files of features of the checkpoints."""
     return render_circuits(found, drawn_latents(path, found))
@@ -240,6 +247,13 @@ KINDS = (
         lambda path, found: render_graph(found),
     ),
     ResultKind(frozenset({"diff_version"}), "sparsary diff", "diff", lambda path, found: render_diff(found)),
+    ResultKind(
+        frozenset({"similarity_version"}),
+        "sparsary similarity",
+        "similarity",
+        lambda path, found: render_similarity(found, _reports(path)),
+    ),
+    ResultKind(frozenset({"steer_version"}), "sparsary steer", "steer", _steer),
     ResultKind(frozenset({"names_version"}), "sparsary name", "names", _names),
     ResultKind(frozenset({"select_version"}), "sparsary select", "select", _select),
     ResultKind(frozenset({"probing_version"}), "sparsary probe", "probing", _probing),

@@ -72,3 +72,27 @@ def test_a_sampled_text_does_not_depend_on_who_left_the_batch_and_goes_on(monkey
     path.write_bytes(5 * line + b'{"text": "cut')
     assert study["written_batches"](path, 2) == (2, 8)
     assert path.read_bytes() == 4 * line
+
+
+def test_heads_are_polysemantic_if_their_latents_are_about_several_things(monkeypatch):
+    """Planted: four heads of one topic each, and one whose latents are about two."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "studies")
+    study = runpy.run_path(str(ROOT / "docs" / "studies" / "heads.py"))
+    described, judged = study["described"], study["judged"]
+    draw = torch.Generator().manual_seed(0)
+    topics = torch.eye(6).repeat_interleave(7, 1) + 0.05
+    of_item = torch.tensor([[0] * 10, [1] * 10, [2] * 10, [3] * 10, [4] * 5 + [5] * 5])
+    # Heads, latents, parts of the documents, tokens.
+    counts = torch.poisson(9 * topics[of_item][:, :, None].expand(-1, -1, 10, -1), generator=draw)
+    counts[0, 0, 3] = 0
+    whole = described(counts.sum(2))
+    heads = torch.arange(5).repeat_interleave(10).numpy()
+    same = torch.eye(50, dtype=torch.bool).numpy()
+    parts = {"contexts": described(counts)}
+    found = judged(dict.fromkeys(("contexts", "predictions", "places"), whole), parts, heads, same, 0)
+    average = found["average"]
+    assert average["polysemantic"] == dict.fromkeys(study["JUDGED"], [False] * 4 + [True])
+    assert min(average["of_random"].values()) > 0.99
+    assert average["of_one_latent"] == {"contexts": 0.0}
+    # A chain of latents that are alike by chance connects the two topics: single linkage is lenient.
+    assert found["single"]["polysemantic"]["contexts"][:4] == [False] * 4

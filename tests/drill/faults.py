@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from ranks import Sabotage
+
 from runs import (
     DICTIONARY,
     RECIPE,

@@ -16,21 +16,27 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from scipy import sparse
 
 import sparsary
+from sparsary.eval.attribution_graphs.graph import graph_of
+from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
+from sparsary.eval.attribution_graphs.run import open_graph_target, prompt_ids
 from sparsary.eval.checkpoint import open_checkpoint, thresholds_of
 from sparsary.eval.features.autointerp import evidence, score_explanations
 from sparsary.eval.features.llm_client import Chat, LlmUsage
 from sparsary.eval.features.neuronpedia.neurons import NeuronMoments, alignment
 from sparsary.eval.features.run import described_checkpoint
 from sparsary.eval.heldout import eval_data
-from sparsary.eval.probing.saebench.datasets import embedded_data
+from sparsary.eval.probing.absorption import absorbed
+from sparsary.eval.probing.saebench.datasets import embedded_data, split_texts
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.contexts import ContextBatch
 from sparsary.training.embedded.corpus import embedded_document
@@ -103,10 +109,13 @@ class Case:
         self.dictionary, self.hook = member.dictionary.eval(), hooks_of_provenance(member.provenance)[0][0]
         self.model = sparsary.LanguageModel.from_pretrained(str(member.provenance["model"]["id"]), device="cpu")
         embedded = Path(sparsary.__file__).parent / "training" / "embedded" / "model"
-        self.directory = str(embedded) if self.model.id == "embedded" else self.model.id
-        self.options = sparsary.CheckpointOptions(
+        self.directory = str(embedded.resolve() if self.model.id == "embedded" else Path(self.model.id).resolve())
+
+    @cached_property
+    def options(self) -> sparsary.CheckpointOptions:
+        return sparsary.CheckpointOptions(
             model=self.model.id,
-            text=(str(write_text(folder, self.model.tokenizer, 2 * tokens // LENGTH + 16)),),
+            text=(str(write_text(self.folder, self.model.tokenizer, 2 * self.tokens // LENGTH + 16)),),
             settings={
                 "text.context_length": LENGTH,
                 "text.bos": "none",
@@ -151,25 +160,51 @@ def saebench_core(case: Case) -> Compared:
 
 
 def saebench_probing(case: Case) -> Compared:
-    """SAEBench's sparse probing through the adapter, beside ``sparsary probe``, of the tasks of the embedded corpus."""
-    data = next(one for one in embedded_data(passages=160) if one.name == "task")
-    texts: dict[str, list[str]] = {}
-    for text, label in zip(data.texts, data.labels, strict=True):
-        texts.setdefault(label, []).append(text)
-    labels = case.folder / "labels.jsonl"
-    rows = [{"text": text, "label": label} for label, some in texts.items() for text in some]
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """SAEBench's sparse probing through the adapter, beside ``sparsary probe``, of the labelled texts of the embedded corpus.
+
+    Training and test texts are the same on both sides; texts of other classes are drawn by each side.
+    """
+    texts = {}
+    for data in embedded_data():
+        labels = np.array(data.labels)
+        split = split_texts(data, labels, seed=0)
+        texts[data.name] = {
+            side: {name: [data.texts[row] for row in rows if labels[row] == name] for name in split.classes}
+            for side, rows in (("train", split.train), ("test", split.test))
+        }
     given = case.given(Path(case.checkpoint)) | {"texts": texts}
     theirs = run_tool("saebench_probing", case.folder / "saebench_probing", given, {})
-    ours = sparsary.probe(case.checkpoint, ["sparse_probing"], str(labels), str(case.folder / "probe")).report
-    names = [f"{side}{top}_test_accuracy" for side in ("sae", "llm") for top in ("_top_1", "_top_2", "_top_5", "")]
-    return Compared({name: (theirs[name], ours[f"sparse_probing_{name}"]) for name in names}, theirs)
+    found = sparsary.probe(case.checkpoint, ["sparse_probing"], out=case.folder / "probe", seed=0)
+    tops = [f"{side}{top}_test_accuracy" for top in ("_top_1", "_top_2", "_top_5", "") for side in ("sae", "llm")]
+    ours = {name: found.report[f"sparse_probing_{name}"] for name in tops}
+    return Compared({name: (theirs[name], ours[name]) for name in tops}, theirs)
 
 
 def saebench_absorption(case: Case) -> Compared:
-    """SAEBench's absorption of first letters through the adapter: that it runs, since ours is of other labels."""
-    theirs = run_tool("saebench_absorption", case.folder / "absorption", case.given(Path(case.checkpoint)), {})
-    return Compared({"letters": (theirs.pop("letters"), 26)}, theirs)
+    """SAEBench's absorption of first letters, in a model that spells (spelling_model.py), through the adapter.
+
+    Ours is of the same activations, probes and latents; besides, ``ours_alone`` is that of ``sparsary probe`` on the words
+    of ``words.jsonl`` beside the model, with probes and latents of our own.
+    """
+    folder = case.folder / "absorption"
+    theirs = run_tool("saebench_absorption", folder, case.given(Path(case.checkpoint)), {})
+    scored, dictionary = load_file(folder / "scored.safetensors"), case.dictionary
+    writes = (dictionary.W_dec * dictionary.out_scale).detach().numpy()
+    fractions, full = [], []
+    for letter in scored["counted"].tolist():
+        x, main = scored["x"][scored["letters"] == letter], scored["main"][letter]
+        with torch.no_grad():
+            codes = sparse.csr_array(dictionary.encode(x).to_dense(dictionary.n_latents).numpy())
+        found = absorbed(x.numpy(), codes, writes, scored["probes"][letter].numpy(), main[main >= 0].numpy())
+        fractions.append(found.fraction.mean())
+        full.append(found.full.mean())
+    labels = Path(case.directory).with_name("words.jsonl")
+    alone = sparsary.probe(case.checkpoint, ["absorption"], str(labels), str(case.folder / "probe")).report
+    names = ("absorption_fraction_score", "full_absorption_score", "num_split_features")
+    theirs |= {f"ours_alone_{name}": alone[f"absorption_mean_{name}"] for name in names}
+    theirs["ours_alone_letters"] = alone["absorption_labels"]
+    ours = {"mean_absorption_fraction_score": np.mean(fractions), "mean_full_absorption_score": np.mean(full)}
+    return Compared({name: (theirs[name], float(value)) for name, value in ours.items()}, theirs)
 
 
 def _evaluated(case: Case, tool: str) -> Compared:
@@ -222,16 +257,37 @@ def _continued(case: Case, tool: str, to: str) -> Compared:
     return Compared({"first_fvu": (theirs["first_fvu"], ours["first_fvu"])}, theirs | {"untrained_last_fvu": ours["last_fvu"]})
 
 
+class TokensAlone(LocalReplacement):
+    """A local replacement model by circuit-tracer's rule: token nodes without position embeddings, which no node has."""
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        return self.anatomy.W_E[self.token_ids]
+
+
 def circuit_tracer(case: Case) -> Compared:
-    """circuit-tracer's attribution on one prompt with our export, and its server, beside our graph of the same export."""
+    """circuit-tracer's attribution on one prompt with our export, and its server, beside our graph of the same export.
+
+    ``..._tokens_alone``: ours with its token nodes. ``edge_difference``: the largest difference between an edge of that graph
+    and circuit-tracer's, divided by the largest edge.
+    """
     export = exported(case.checkpoint, case.folder, "circuit_tracer")
     options = sparsary.CheckpointOptions(model=case.model.id, settings=dict(case.options.settings) | {"text.bos": "context"})
     graph = sparsary.attribution_graph(str(export), PROMPT, case.folder / "graph", context_tokens=0, options=options)
-    given = case.given(export) | {"graph": graph["json_path"], "port": _free_port()}
-    bos = case.model.tokenizer.bos_token_id
-    given["prompt"] = [bos, *case.model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]
+    opened = open_graph_target(str(export), options)
+    ids = prompt_ids(opened, PROMPT)
+    given = case.given(export) | {"graph": graph["json_path"], "port": _free_port(), "prompt": ids.tolist()}
     theirs = run_tool("circuit_tracer", case.folder / "circuit_tracer", given, {})
-    pairs = {name: (theirs[name], graph[name]) for name in ("replacement_score", "completeness_score")}
+    names = ("replacement_score", "completeness_score")
+    pairs = {name: (theirs[name], graph[name]) for name in names}
+    alone = graph_of(TokensAlone(opened.replacement, ids, 1))
+    pairs |= {
+        f"{name}_tokens_alone": (theirs[name], value)
+        for name, value in zip(names, (alone.scores().replacement, alone.scores().completeness), strict=True)
+    }
+    adjacency = load_file(case.folder / "circuit_tracer" / "graph.safetensors")["adjacency"]
+    assert adjacency.shape == alone.adjacency.shape
+    theirs["edge_difference"] = float((adjacency - alone.adjacency).abs().max() / adjacency.abs().max())
     return Compared(pairs | {"nodes": (theirs["nodes"], graph["n_nodes_all"])}, theirs)
 
 

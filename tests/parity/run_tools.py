@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train_peers import HOOKPOINT, RowNumbers, RowTable, skip_package_init
 
@@ -279,6 +279,7 @@ def circuit_tracer(given: Given) -> dict[str, float]:
     model._configure_replacement_model(transcoders)
     graph = attribute(given["prompt"], model, batch_size=64)
     replacement, completeness = compute_graph_scores(graph)
+    save_file({"adjacency": graph.adjacency_matrix.contiguous()}, Path(given["folder"]) / "graph.safetensors")
     files = Path(given["folder"]) / "graphs"
     create_graph_files(graph, "theirs", str(files))
     # Ours, by the names that its page asks for.
@@ -305,24 +306,25 @@ def circuit_tracer(given: Given) -> dict[str, float]:
 
 
 def saebench_probing(given: Given) -> dict[str, float]:
-    """SAEBench's sparse probing of our dictionary through the adapter, on labelled texts that are given."""
+    """SAEBench's sparse probing of our dictionary through the adapter, on labelled texts that are given, split for it."""
+    from jaxtyping import jaxtyped
     from sae_bench.evals.sparse_probing import main as probing
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
     from transformer_lens import HookedTransformer
 
-    name, texts = "ours", given["texts"]
-    least = min(len(some) for some in texts.values())
-    train, test = int(0.75 * least), least - int(0.75 * least)
-    sides = [{label: some[at] for label, some in texts.items()} for at in (slice(train), slice(train, train + test))]
-    model = hooked_transformer(HookedTransformer, given["model"])
-    probing.dataset_utils.get_multi_label_train_test_data = lambda *_: tuple(sides)
-    probing.dataset_info.chosen_classes_per_dataset[name] = list(texts)
+    # It has beartype's decorator and not jaxtyping's, so that its shapes are compared with those of the function that calls
+    # it, whose tensors hold one class: twice as many rows are refused whatever the data.
+    probing.probe_training.train_sklearn_probe = jaxtyped(typechecker=None)(probing.probe_training.train_sklearn_probe)
+    model, texts = hooked_transformer(HookedTransformer, given["model"]), given["texts"]
+    probing.dataset_utils.get_multi_label_train_test_data = lambda name, *_: (texts[name]["train"], texts[name]["test"])
+    for name, sides in texts.items():
+        probing.dataset_info.chosen_classes_per_dataset[name] = list(sides["train"])
     probing.HookedTransformer = type("Loaded", (), {"from_pretrained_no_processing": staticmethod(lambda *_, **__: model)})
     config = SparseProbingEvalConfig(
         model_name="embedded",
-        dataset_names=[name],
-        probe_train_set_size=train,
-        probe_test_set_size=test,
+        dataset_names=list(texts),
+        probe_train_set_size=2 * max(len(some) for sides in texts.values() for some in sides["train"].values()),
+        probe_test_set_size=2 * max(len(some) for sides in texts.values() for some in sides["test"].values()),
         llm_batch_size=32,
         llm_dtype="float32",
     )
@@ -331,25 +333,81 @@ def saebench_probing(given: Given) -> dict[str, float]:
         config, [("ours", adapted(given))], "cpu", str(folder / "out"), artifacts_path=str(folder), save_activations=False
     )
     (result,) = found.values()
-    return {
-        key: value for side in ("llm", "sae") for key, value in result["eval_result_metrics"][side].items() if value is not None
-    }
+    figures = {key: value for side in ("llm", "sae") for key, value in result["eval_result_metrics"][side].items()}
+    for row in result["eval_result_details"]:
+        figures |= {f"{row['dataset_name'].removesuffix('_results')}_{key}": value for key, value in row.items()}
+    return {key: value for key, value in figures.items() if isinstance(value, float)}
 
 
-def saebench_absorption(given: Given) -> dict[str, float]:
-    """SAEBench's absorption of first letters through the adapter; every letter counts, however badly a probe finds it."""
+def saebench_absorption(given: Given) -> dict[str, Any]:
+    """SAEBench's absorption of first letters through the adapter, with its own settings; what it scored goes to ``scored``."""
+    from functools import partial
+
     from sae_bench.evals.absorption import main as absorption
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
     from transformer_lens import HookedTransformer
 
-    model = hooked_transformer(HookedTransformer, given["model"])
+    folder, model = Path(given["folder"]), hooked_transformer(HookedTransformer, given["model"])
     absorption.HookedTransformer = type("Loaded", (), {"from_pretrained_no_processing": staticmethod(lambda *_, **__: model)})
-    config = AbsorptionEvalConfig(
-        model_name="embedded", min_GT_probe_f1=0.0, min_feats_for_eval=1, k_sparse_probe_num_epochs=5, llm_batch_size=32
+    # By default its intermediate files are in its package's folder, where a later run would take them for its own.
+    places = {"probes_dir": folder / "probes", "sparse_probing_experiment_dir": folder / "sparse_probing"}
+    probing = {"experiment_dir": places["sparse_probing_experiment_dir"], "probes_dir": places["probes_dir"]}
+    absorption.run_k_sparse_probing_experiment = partial(absorption.run_k_sparse_probing_experiment, **probing)
+    absorption.run_feature_absortion_experiment = partial(
+        absorption.run_feature_absortion_experiment, experiment_dir=folder / "absorption", **places
     )
-    os.chdir(given["folder"])
-    (result,) = absorption.run_eval(config, [("ours", adapted(given))], "cpu", "out").values()
-    return result["eval_result_metrics"]["mean"] | {"letters": len(result["eval_result_details"])}
+    adapter, scored = adapted(given), AbsorptionRecord()
+    calculate, encode = FeatureAbsorptionCalculator.calculate_absorption, adapter.encode
+
+    def noted(self: Any, sae: Any, words: list[str], probe_direction: Tensor, main_feature_ids: list[int], **named: Any) -> Any:
+        seen: list[Tensor] = []
+        sae.encode = lambda x: (seen.append(x), encode(x))[1]
+        try:
+            found = calculate(self, sae, words, probe_direction, main_feature_ids, **named)
+        finally:
+            sae.encode = encode
+        scored.add(seen, probe_direction, main_feature_ids, found.word_results)
+        return found
+
+    FeatureAbsorptionCalculator.calculate_absorption = noted
+    config = AbsorptionEvalConfig(model_name="embedded", llm_batch_size=64)
+    os.chdir(folder)
+    results = absorption.run_eval(config, [("ours", adapter)], "cpu", "out")
+    if not results:
+        raise SystemExit(f"SAEBench finds fewer than {config.min_feats_for_eval} letters by probes of the activations.")
+    (result,) = results.values()
+    details = result["eval_result_details"]
+    scored.save(folder / "scored.safetensors", [ord(row["first_letter"]) - ord("a") for row in details])
+    return result["eval_result_metrics"]["mean"] | {"letters": len(details), "words": len(scored.letters)}
+
+
+class AbsorptionRecord:
+    """What SAEBench's absorption scored, by word: activation and letter; by letter: the probe and the latents found."""
+
+    def __init__(self) -> None:
+        self.x: list[Tensor] = []
+        self.letters: list[int] = []
+        self.probes: list[Tensor] = []
+        self.main: list[list[int]] = []
+
+    def add(self, x: list[Tensor], probe: Tensor, main: list[int], results: list[Any]) -> None:
+        """Note the words of the next letter."""
+        assert sum(map(len, x)) == len(results)
+        self.x += x
+        self.letters += [len(self.probes)] * len(results)
+        self.probes.append(probe)
+        self.main.append(main)
+
+    def save(self, path: Path, counted: list[int]) -> None:
+        """Write all of it; ``counted`` are the letters that enter the means."""
+        main = torch.full((len(self.main), max(map(len, self.main))), -1)
+        for letter, some in enumerate(self.main):
+            main[letter, : len(some)] = torch.tensor([int(one) for one in some])
+        tensors = {"x": torch.cat(self.x), "letters": torch.tensor(self.letters), "probes": torch.stack(self.probes).detach()}
+        save_file(
+            {key: one.contiguous() for key, one in (tensors | {"main": main, "counted": torch.tensor(counted)}).items()}, path
+        )
 
 
 def saedashboard(given: Given) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Dataflow:
 
     def _watcher(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def watch(module: nn.Module, args: Any, output: Any) -> None:
-            if routing(output) is not None and path not in self.routers:
+            if routing(output, module) is not None and path not in self.routers:
                 self.routers.append(path)
 
         return watch

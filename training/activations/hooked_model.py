@@ -19,7 +19,7 @@ from .document_masks import DocumentMasks, Pass
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 from .model_pair import EnoughSeen, ModelPair, hook_path, side_of
 from .placement import input_device, is_spread, on_device
-from .routers import rerouted, routing
+from .routers import OTHERS, rerouted, routing
 
 
 class HookedModel:
@@ -238,8 +238,13 @@ def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], T
         )
 
     def written(part: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        changed, router = shown(output, lambda: path_in(output)), routing(output)
-        return changed if changed is None or router is None else rerouted(part, args, kwargs, router, changed[0], hook)
+        other = OTHERS.get(type(part).__name__)
+        changed = shown(output, lambda: path_in(output) if other is None else other.logits)
+        router = routing(output, part)
+        if changed is None or router is None:
+            return changed
+        logits = changed[0] if other is None else tensor_at(changed, other.logits)
+        return rerouted(part, args, kwargs, router, logits, hook)
 
     return module.register_forward_hook(written, with_kwargs=True)
 

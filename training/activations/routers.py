@@ -27,12 +27,56 @@ class Routing(NamedTuple):
     indices: Int[Tensor, "tokens k"]
 
 
-def routing(output: Any) -> Routing | None:
+def _llama4(output: Any, k: int) -> Routing:
+    scores, logits = output
+    indices = logits.topk(k, dim=-1).indices
+    return Routing(logits, scores.gather(1, indices), indices)
+
+
+def _jetmoe(output: Any, k: int) -> Routing:
+    best, indices = output[4].topk(k, dim=-1)
+    return Routing(output[4], best.softmax(-1).nan_to_num(0.0), indices)
+
+
+def _dbrx(output: Any, k: int) -> Routing:
+    best, indices = output.softmax(-1).topk(k, dim=-1)
+    return Routing(output, best, indices)
+
+
+class OtherRouter(NamedTuple):
+    """A router that does not return logits, scores and indices in this order: the path of its logits, and how to read it.
+
+    ``read`` is called with the output and the number of experts that a token gets.
+    """
+
+    logits: tuple[int, ...]
+    read: Callable[[Any, int], Routing]
+
+
+# By class. DBRX chooses experts in the module that calls the router.
+OTHERS = {
+    "Llama4Router": OtherRouter((1,), _llama4),
+    "JetMoeTopKGating": OtherRouter((4,), _jetmoe),
+    "DbrxRouter": OtherRouter((), _dbrx),
+}
+# Mixtures without a logit for every expert, by class, and why.
+WITHOUT = {
+    "DogeCDMoE": "its router_gate gives logits of keys, pairs of which make experts, and mixes those of different tokens",
+}
+
+
+def routing(output: Any, module: nn.Module | None = None, k: int | None = None) -> Routing | None:
     """Return the parts of a router's output; None if it is not one.
 
     A router returns several tensors with a row for every token: first its logits, and among the others whole numbers, the
-    chosen experts.
+    chosen experts. ``OTHERS`` return something else.
+
+    Args:
+        module: The module that returned the output.
+        k: Experts of a token, for a router of ``OTHERS`` that does not know it.
     """
+    if (other := OTHERS.get(type(module).__name__)) is not None:
+        return other.read(output, k or int(getattr(module, "top_k", 1)))
     if not isinstance(output, tuple | list) or not output:
         return None
     logits = output[0]
@@ -63,7 +107,7 @@ def rerouted(
     replacement = _Replacement(before.logits.detach(), logits)
     with replacement:
         output = module.forward(*args, **kwargs)
-    after = routing(output)
+    after = routing(output, module)
     refused = (
         f"hook {hook}: expected a router that chooses experts by the logits it returns, got a {type(module).__name__}, "
         "which does not. Replace another hook; this one can be read."
@@ -73,11 +117,25 @@ def rerouted(
     off = logits == -torch.inf
     if after.scores is None or not bool(off.any()):
         return output
+    none = off.all(-1, keepdim=True)
     # 0 / 0 where scores are divided by their sum.
-    scores = after.scores.masked_fill(off.all(-1, keepdim=True), 0.0)
+    scores = after.scores.masked_fill(none, 0.0)
     if bool((off.gather(1, after.indices.long()) & (scores != 0)).any()):
         raise HookError(refused)
-    return type(output)(scores if x is after.scores else x for x in output)
+    if type(module).__name__ not in OTHERS:
+        return type(output)(scores if x is after.scores else x for x in output)
+    if isinstance(output, Tensor) and bool(none.any()):
+        raise HookError(
+            f"hook {hook}: expected an expert that is on for every token, got a token without: a {type(module).__name__} gives "
+            "logits only, from which scores are computed elsewhere. Keep one expert on."
+        )
+    # Scores of a token without experts are 0 / 0 here, too.
+    return output if isinstance(output, Tensor) else type(output)(_zeros_for_nan(x, before.logits) for x in output)
+
+
+def _zeros_for_nan(x: Any, logits: Tensor) -> Any:
+    scores = isinstance(x, Tensor) and x.is_floating_point() and x.shape != logits.shape
+    return x.nan_to_num(0.0, torch.inf, -torch.inf) if scores else x
 
 
 class _Replacement(TorchFunctionMode):
@@ -134,14 +192,18 @@ def _below(values: Float[Tensor, "tokens n_experts"], off: Bool[Tensor, "tokens 
 
 @contextmanager
 def chosen_experts(
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module], within: nn.Module
 ) -> Iterator[dict[str, Bool[Tensor, "tokens n_experts"]]]:
-    """Context manager that records the experts each router chooses with a score above 0 in the last pass, by its name here."""
+    """Context manager that records the experts each router chooses with a score above 0 in the last pass, by its name here.
+
+    Args:
+        within: The model that the routers are part of.
+    """
     found: dict[str, Tensor] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def recorder(name: str, k: int | None) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            seen = routing(output)
+            seen = routing(output, module, k)
             if seen is not None:
                 used = torch.ones_like(seen.indices, dtype=torch.bool) if seen.scores is None else seen.scores > 0
                 chosen = torch.zeros(seen.logits.shape, dtype=torch.bool, device=seen.logits.device)
@@ -151,5 +213,11 @@ def chosen_experts(
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(recorder(name)).remove)
+            stack.callback(module.register_forward_hook(recorder(name, _top_k(module, within))).remove)
         yield found
+
+
+def _top_k(router: nn.Module, within: nn.Module) -> int | None:
+    """Return the number of experts of a token by the router, or by the module that it is a child of; None if neither says."""
+    holders = (router, *(part for part in within.modules() if any(child is router for child in part.children())))
+    return next((int(found) for holder in holders if isinstance(found := getattr(holder, "top_k", None), int)), None)

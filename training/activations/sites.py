@@ -30,6 +30,7 @@ from ...sae.suggestions import did_you_mean
 from ..recipe.hook_names import SITES
 from .dataflow import Dataflow
 from .hooked_model import HookedModel
+from .routers import WITHOUT
 
 # Sites that read one tensor and write another.
 TWO_SIDED = ("mlp",)
@@ -152,8 +153,14 @@ def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
         )
         return blocks
     routers = {block.path: [path for path in flow.routers if path.startswith(f"{block.path}.")] for block in blocks}
-    blocks = [replace(block, router=next(iter(routers[block.path]), None)) for block in blocks]
+    blocks = [replace(block, router=_mlp_first(block, routers[block.path])) for block in blocks]
     return [_checked(flow, block, between[block.path]) for block in blocks]
+
+
+def _mlp_first(block: BlockPaths, routers: list[str]) -> str | None:
+    """Return the router of a block: that of the MLP, if attention has one too (JetMoE)."""
+    parts = tuple(f"{part}." for part in block.mlp or ())
+    return next((path for path in routers if path.startswith(parts)), next(iter(routers), None))
 
 
 def _between(module: nn.Module, block: BlockPaths) -> list[str]:
@@ -288,6 +295,12 @@ def _no_router(module: nn.Module, path: str) -> str:
     layers = [layer for layer in range(n_layers(module)) if find_block(module, layer).router is not None]
     if layers:
         return f"{path} has no mixture of experts. The layers that have one: {', '.join(map(str, layers))}"
+    for part in module.modules():
+        if (reason := WITHOUT.get(type(part).__name__)) is not None:
+            return (
+                f"{type(module).__name__} has no logit for every expert: {reason}. A hook by hand, MODULE_PATH:out, reads "
+                "what there is"
+            )
     return (
         f"no module of {type(module).__name__} returns a router's logits together with the scores and indices of the experts "
         "that it chooses: it has no mixture of experts, or routes in another way. A hook by hand, MODULE_PATH:out, reads any "

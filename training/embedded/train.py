@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +27,9 @@ PEAK_LR = 2e-3
 WARMUP_STEPS = 100
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] = lexicon.vocabulary()) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer that isolates punctuation and splits digits in pairs, so ``1589`` is ``15 89``."""
-    vocabulary = {word: index for index, word in enumerate(lexicon.vocabulary())}
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from .choice import trained_choice
 from .compiled import EDGES, program
 from .files import load_toy
 from .handbuilt import and_gate_circuit, fraction, induction_circuit, reverse
@@ -23,6 +24,7 @@ KNOWN: dict[str, Callable[..., Known]] = {
     "reverse": reverse,
     "clock": clock,
     **{f"siit_{name}": partial(trained, name) for name in PROGRAMS},
+    "siit_choice": trained_choice,
 }
 # Models that are read from a directory, the first argument.
 COMPILED: dict[str, Callable[..., Known]] = {name: partial(program, name) for name in EDGES}

@@ -184,11 +184,11 @@ def _loss(model: ToyTransformer, program: Program, variable: str, other: str, dr
     def off(said: Tensor, expected: Tensor) -> Tensor:
         return ((said - expected).pow(2) / scale).mean()
 
-    with _watched(model) as written:
+    with nodes_recorded(model) as written:
         model(source)
-    with _swapped(model, program.places[variable], written):
+    with node_patched(model, program.places[variable], written):
         interchange = off(model(base).logits, swapped)
-    with _swapped(model, other, written):
+    with node_patched(model, other, written):
         strict = off(model(base).logits, right)
     behaviour = off(model(base).logits, right)
     return BEHAVIOUR * behaviour + INTERCHANGE * interchange + STRICT * strict
@@ -200,7 +200,7 @@ def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: 
     draw = torch.Generator().manual_seed(seed)
     base, source = (siit_prompts(program, n_prompts, draw) for _ in range(2))
     there = program.run(source, {})
-    with _watched(model) as written:
+    with nodes_recorded(model) as written:
         model(source)
     expected = {node: program.outputs(base, {name: there[name]}) for name, node in program.places.items()}
     right = program.outputs(base, {})
@@ -210,7 +210,7 @@ def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: 
 
     distances = {"as it is": distance(model(base).logits, right)}
     for node in node_names(model.config)[1:]:
-        with _swapped(model, node, written):
+        with node_patched(model, node, written):
             said = model(base).logits
         distances[node] = distance(said, expected.get(node, right))
     return distances
@@ -228,7 +228,7 @@ def _choose(names: list[str], draw: torch.Generator) -> str:
 
 
 @contextmanager
-def _watched(model: ToyTransformer) -> Iterator[dict[str, Tensor]]:
+def nodes_recorded(model: ToyTransformer) -> Iterator[dict[str, Tensor]]:
     """Record the inputs of heads' output projections and the outputs of MLPs by layer: ``a0``, ``m0``."""
     written: dict[str, Tensor] = {}
     handles = []
@@ -247,7 +247,8 @@ def _watched(model: ToyTransformer) -> Iterator[dict[str, Tensor]]:
 
     for layer in range(model.config.n_layers):
         handles.append(model.attention(layer).o_proj.register_forward_pre_hook(reading(f"a{layer}")))
-        handles.append(model.mlp(layer).register_forward_hook(writing(f"m{layer}")))
+        if model.config.d_mlp:
+            handles.append(model.mlp(layer).register_forward_hook(writing(f"m{layer}")))
     try:
         yield written
     finally:
@@ -256,7 +257,7 @@ def _watched(model: ToyTransformer) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _swapped(model: ToyTransformer, node: str, written: dict[str, Tensor]) -> Iterator[None]:
+def node_patched(model: ToyTransformer, node: str, written: dict[str, Tensor]) -> Iterator[None]:
     """Patch ``node`` with recorded activations, while open."""
     part, _, head = node.partition(".h")
     layer, donor = int(part[1:]), written[part]

@@ -10,7 +10,7 @@ from .competence import Competence, competence, require_solved
 from .files import read_pairs, write_pairs
 from .pairs import PromptPairs
 from .reader import PromptEncoder
-from .task import CircuitTask, Corruption, Request, assemble, distinct, same_length
+from .task import CircuitTask, Corruption, Request, Variant, assemble, distinct, same_length
 
 __all__ = [
     "TASKS",
@@ -37,6 +37,9 @@ _WHAT = {
     "induction": "every next item of a list that is said again",
     "docstring": "the next argument of a signature that a docstring goes through",
     "colored_objects": "the colour of one of three objects",
+    "multiple_choice": "the letter, A to D, of the colour that a sentence gives",
+    "multiple_choice_random_letters": "the same, with random letters before the options",
+    "multiple_choice_symbols": "the same, with symbols before the options",
 }
 TASKS = {name: CircuitTask(name, what, embedded.VARIANTS.get(name), english.VARIANTS.get(name)) for name, what in _WHAT.items()}
 
@@ -56,6 +59,8 @@ def make_pairs(
     The embedded model gets the task in its own language, any other model in English. ``corruption`` and ``metric`` default to
     those of the task. With ``one_length`` all prompts have the most common length among the first ``n`` drawn.
 
+    A number of options may follow the name of a multiple choice task: ``multiple_choice-10``.
+
     ``name`` may be a file that ``read_pairs`` supports (``.jsonl``, ``.json``, ``.csv``): then ``n`` of its pairs are drawn, or
     all with ``None`` or if there are fewer, and ``split`` is ignored.
 
@@ -70,14 +75,31 @@ def make_pairs(
     if n is None:
         raise ValueError("n: expected a number of pairs, got None, which is for files only. Give a number.")
     require_choice("split", split, SPLITS)
-    variant = _task(str(name), model).variant(model)
-    assert variant is not None
+    variant = _variant(str(name), model)
     names = [one.name for one in variant.corruptions]
     corruption = names[0] if corruption is None else require_choice("corruption", corruption, names, f" for {name}")
     examples = variant.draw(Request(PromptEncoder(model), corruption, seed, split))
     if one_length:
         examples = same_length(examples, n)
     return assemble(distinct(examples, n, str(name)), str(name), corruption, metric or variant.metric)
+
+
+def _variant(name: str, model: LanguageModel) -> Variant:
+    """Return the task in the model's language, with as many options as its name says.
+
+    Raises:
+        ValueError: If there is no such task, or not with this number of options.
+    """
+    base, _, options = name.rpartition("-")
+    if not options.isdecimal():
+        variant = _task(name, model).variant(model)
+        assert variant is not None
+        return variant
+    variant = _task(base, model).variant(model)
+    if variant is None or variant.with_options is None:
+        those = ", ".join(one for one, task in TASKS.items() if task.english is not None and task.english.with_options)
+        raise ValueError(f"task: expected a number of options behind one of {those} only, as multiple_choice-4, got {name!r}.")
+    return variant.with_options(int(options))
 
 
 def _task(name: str, model: LanguageModel) -> CircuitTask:

@@ -46,11 +46,15 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """Task in one language: an endless stream of examples, with repeats. The first corruption is the default."""
+    """Task in one language: an endless stream of examples, with repeats. The first corruption is the default.
+
+    ``with_options`` makes the same task with another number of options; None if it has none.
+    """
 
     corruptions: tuple[Corruption, ...]
     metric: str
     draw: Callable[[Request], Iterator[Example]]
+    with_options: "Callable[[int], Variant] | None" = None
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ class NodeSpace(Space):
 
     def frequency(self, token_ids: Int[Tensor, "pairs positions"], counted: Bool[Tensor, "pairs positions"]) -> Tensor:
         routers = {part.name: self.model.find(part.hook_out)[0] for part in self.parts if part.routes}
-        with chosen_experts(routers) as chosen:
+        with chosen_experts(routers, self.model.module) as chosen:
             _, state = self.see(token_ids)
         found = []
         for part, tensors in self._by_part(state):

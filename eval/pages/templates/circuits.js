@@ -3,7 +3,7 @@
 const radios = all(".bar input[type=radio]"), chips = all(".families button");
 const isOff = chip => chip.getAttribute("aria-pressed") === "false";
 const offFamilies = () => chips.filter(isOff).map(chip => chip.dataset.family);
-const isOffRow = row => isOff(chips[row.dataset.family]);
+const isOffRow = row => row.dataset.family !== undefined && isOff(chips[row.dataset.family]);
 // Lines, bands and dots of the plots; their ids end with the family's number.
 const marks = all(".plots [id]").filter(mark => /^(line|band|dot)-/.test(mark.id));
 const familyOf = mark => mark.id.split("-").pop();

@@ -61,23 +61,21 @@ function context([ids, shades, peak, place, leftOut = [], roles = []], maximum) 
   for (let i = 0; i < shades.length; i += 2) shade.set(shades[i], shades[i + 1]);
   const line = make('p');
   line.title = 'document ' + place;
-  const outside = new Set(leftOut), starts = new Map();
-  let at = 0;
+  const outside = new Set(leftOut), starts = new Map(), spoken = [];
   for (const [role, count] of roles) {
-    if (role && role !== 'template') starts.set(at, role);
-    at += count;
+    if (role && role !== 'template') starts.set(spoken.length, role);
+    for (let i = 0; i < count; i++) spoken.push(role);
   }
   ids.forEach((id, i) => {
     if (starts.has(i)) line.append(make('span', 'role', starts.get(i)));
     const node = make('span', i === peak ? 'peak' : '', visible(words[id])), value = shade.get(i);
+    const told = [spoken[i], value && number(value / 1000 * maximum)];
     if (outside.has(i)) {
       node.classList.add('outside');
-      node.title = 'left out of training and evaluation';
+      told.push('left out of training and evaluation');
     }
-    if (value) {
-      node.style.background = 'color-mix(in srgb, var(--warn) ' + (8 + value * 0.062).toFixed(1) + '%, transparent)';
-      node.title = number(value / 1000 * maximum);
-    }
+    if (value) node.style.background = 'color-mix(in srgb, var(--warn) ' + (8 + value * 0.062).toFixed(1) + '%, transparent)';
+    if (told.some(Boolean)) node.title = told.filter(Boolean).join(' \u00b7 ');
     line.append(node);
     if (settings.gapped) line.append(' ');
   });

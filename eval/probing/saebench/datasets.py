@@ -85,7 +85,7 @@ class TextSplit:
     classes: list[str]
 
 
-def split_texts(data: Pooled, groups: np.ndarray, seed: int) -> TextSplit:
+def split_texts(data: Labelled | Pooled, groups: np.ndarray, seed: int) -> TextSplit:
     """Split texts into training and test sets, with a quarter of every group for testing.
 
     Raises:

@@ -161,6 +161,32 @@ def test_the_browser_shows_the_latent_of_the_address(tmp_path, html):
 
 
 @needs_browser
+def test_roles_of_a_chat_and_tokens_outside_the_mask_are_seen(tmp_path):
+    one = record(0, np.random.default_rng(9))
+    one["quantiles"] = []
+    for context in one["top"]:
+        context |= {"left_out": [0, 1, 2], "roles": [["user", 2], ["template", 1], ["assistant", 4]]}
+    about = ABOUT | {"n_latents": 1, "left_out": "roles other than assistant", "chat_template": "{{ messages }}"}
+    dom, console = browse(tmp_path, render_features(about, [one]), "--dump-dom", fragment="#0")
+    assert console == []
+    # What is grey is told at the top, and below the contexts.
+    assert "<dt>left out</dt><dd>roles other than assistant</dd>" in dom
+    assert "leave them out (roles other than assistant)" in dom
+    for line in re.findall(r'<p title="document 3">(.*?)</p>', dom):
+        spans = re.findall(r"<span([^>]*)>([^<]*)</span>", line)
+        assert [(text, place) for place, (kind, text) in enumerate(spans) if 'class="role"' in kind] == [
+            ("user", 0),
+            ("assistant", 4),
+        ]
+        tokens = [kind for kind, _ in spans if 'class="role"' not in kind]
+        assert [i for i, kind in enumerate(tokens) if "outside" in kind] == [0, 1, 2]
+        assert all('title="user \u00b7 ' in kind and "left out of training" in kind for kind in tokens[:2])
+        assert 'title="template \u00b7 ' in tokens[2]
+        assert all('title="assistant' in kind and "left out" not in kind for kind in tokens[3:])
+    assert dom.count('class="role"') == 6
+
+
+@needs_browser
 def test_searching_sorting_and_turning_pages(tmp_path, html):
     steps = """
     const rows = () => [...document.querySelectorAll('#rows tr')].map(row => +row.dataset.latent);

@@ -34,14 +34,32 @@ def sigmoid_in_groups(logits, off, router):
     return chosen / chosen.sum(-1, keepdim=True) * router.routed_scaling_factor, indices
 
 
+def top_then_sigmoid(logits, off, router):
+    values, indices = logits.masked_fill(off, -torch.inf).topk(router.top_k, dim=-1)
+    return values.sigmoid(), indices
+
+
+def top_of_probabilities(probabilities, off, router):
+    values, indices = probabilities.masked_fill(off, -torch.inf).topk(router.config.top_k_experts, dim=-1)
+    return values / values.sum(-1, keepdim=True) * router.per_expert_scale[indices], indices
+
+
 RULES = {
     "mixtral": softmax_then_top,
     "qwen3_moe": softmax_then_top,
     "olmoe": softmax_then_top,
     "gpt_oss": top_then_softmax,
     "deepseek_v3": sigmoid_in_groups,
+    "gemma4_text": top_of_probabilities,
+    "llama4_text": top_then_sigmoid,
+    "jetmoe": top_then_softmax,
 }
-SIZES = {"deepseek_v3": {"n_routed_experts": 8, "topk_group": 1}, "qwen3_moe": {"decoder_sparse_step": 1}}
+SIZES = {
+    "deepseek_v3": {"n_routed_experts": 8, "topk_group": 1},
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "llama4_text": {"interleave_moe_layer_step": 1},
+}
 IDS = torch.randint(4, 90, (2, 7), generator=torch.Generator().manual_seed(1))
 LAYER = 1
 
@@ -58,7 +76,7 @@ def mixture(tiny, kind):
     router = model.find(hook)[0]
     with torch.no_grad():
         # Logits far enough apart that a token's experts differ from another's.
-        router.weight.mul_(20)
+        next(weight for name, weight in router.named_parameters() if name.endswith("weight")).mul_(20)
         if kind == "deepseek_v3":
             router.e_score_correction_bias.copy_(torch.linspace(1.5, -0.5, 8))
     return model, hook, router
@@ -68,7 +86,7 @@ def routed(model, hook, router, change):
     """Logits of the model, and weights of all experts, with the router's logits changed."""
     seen = []
     with model.hooked({hook: change}):
-        handle = router.register_forward_hook(lambda _, _args, output: seen.append(routing(output)))
+        handle = router.register_forward_hook(lambda _, _args, output: seen.append(routing(output, router)))
         logits = model.logits(IDS)
         handle.remove()
     (found,) = seen
@@ -139,6 +157,38 @@ def test_where_there_is_no_router_the_message_says_where_there_is_one(tiny):
         site_hooks(some, 0, "router")
 
 
+def test_a_router_that_gives_logits_only_is_read_with_the_module_that_calls_it(tiny):
+    """DBRX chooses experts in the block's mixture, which knows how many a token gets."""
+    model, hook, router = mixture(tiny, "dbrx")
+    mixed = next(part for part in model.module.modules() if getattr(part, "router", None) is router)
+    mixed.top_k = 2
+    plain, seen = model.logits(IDS), {}
+    own = model.activations(IDS, (hook,))[hook]
+    kept = own.flatten(0, 1).argsort(dim=-1)[:, :2]
+    off = torch.ones(14, own.shape[-1], dtype=torch.bool).scatter(1, kept, False)
+    for name, change in {"same": torch.clone, "off": lambda x: x.masked_fill(off.view_as(x), -torch.inf)}.items():
+        calls = []
+        handle = mixed.experts.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[1:]))
+        with model.hooked({hook: change}), chosen_experts({"it": router}, model.module) as chosen:
+            logits = model.logits(IDS)
+        handle.remove()
+        ((indices, scores),) = calls
+        seen[name] = logits, torch.zeros_like(off, dtype=torch.float).scatter(1, indices, scores)
+        assert torch.equal(chosen["it"], seen[name][1] > 0), name
+    assert torch.equal(seen["same"][0], plain)
+    assert (seen["off"][1] > 0).eq(~off).all()
+    assert (seen["same"][1] > 0)[off].any()
+    with model.hooked({hook: lambda x: x - torch.inf}), pytest.raises(HookError, match="Keep one expert on"):
+        model.logits(IDS)
+
+
+def test_a_mixture_without_a_logit_for_every_expert_is_told(tiny):
+    with pytest.raises(
+        ValueError, match=r"DogeForCausalLM has no logit for every expert: its router_gate gives logits of keys"
+    ):
+        site_hooks(tiny.tiny_model("doge", is_moe=True), 0, "router")
+
+
 def test_a_router_whose_choice_is_not_by_its_logits_is_told(tiny):
     model, hook, router = mixture(tiny, "mixtral")
     own = router.forward
@@ -165,7 +215,7 @@ def test_gradients_reach_the_logits_of_chosen_experts(tiny):
         leaves.append(x.detach().requires_grad_(True))
         return leaves[0].clone()
 
-    with torch.enable_grad(), model.hooked({hook: leaf}), chosen_experts({"it": router}) as chosen:
+    with torch.enable_grad(), model.hooked({hook: leaf}), chosen_experts({"it": router}, model.module) as chosen:
         model.run(IDS).logsumexp(-1).sum().backward()
     assert chosen["it"].sum(-1).tolist() == [2] * 14
     grad = leaves[0].grad.flatten(0, 1)
@@ -183,7 +233,7 @@ def test_the_routers_of_every_architecture_leave_out_what_is_off(tiny):
     """Wherever a site is found, an expert whose logit is minus infinity gets no token, and the same logits change nothing."""
     found = []
     for kind in tiny.KINDS:
-        if "expert" not in " ".join(tiny.tiny_config(kind).to_dict()):
+        if "expert" not in " ".join(tiny.tiny_config(kind).to_dict()) and kind != "dbrx":
             continue
         module = tiny.tiny_model(kind)
         model = LanguageModel(module, None, kind, None)
@@ -199,6 +249,6 @@ def test_the_routers_of_every_architecture_leave_out_what_is_off(tiny):
         _, weights = routed(model, hook, router, lambda x, expert=expert: x.index_fill(-1, torch.tensor([expert]), -torch.inf))
         assert (weights[:, expert] == 0).all(), kind
         found.append(kind)
-    # Those without the site route in another way (JetMoE, Llama 4).
-    assert set(RULES) <= set(found)
+    # Tiny Gemma 4 has no mixture.
+    assert {*RULES, "dbrx"} - {"gemma4_text"} <= set(found)
     assert len(found) > 40

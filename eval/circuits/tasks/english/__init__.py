@@ -1,6 +1,6 @@
 """Tasks in English, for models whose tokenizer has their words as single tokens."""
 
-from . import agreement, docstrings, ioi, objects, pronouns, repetition, years
+from . import agreement, choice, docstrings, ioi, objects, pronouns, repetition, years
 
 VARIANTS = {
     "ioi": ioi.VARIANT,
@@ -11,4 +11,5 @@ VARIANTS = {
     "induction": repetition.VARIANT,
     "docstring": docstrings.VARIANT,
     "colored_objects": objects.VARIANT,
+    **choice.VARIANTS,
 }

@@ -14,9 +14,9 @@ from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer, node_
 from sparsary.eval.circuits.known.siit import (
     PROGRAMS,
     TOLERANCE,
-    _swapped,
-    _watched,
     distances_of,
+    node_patched,
+    nodes_recorded,
     siit_prompts,
     train_siit,
     trained,
@@ -43,9 +43,9 @@ def test_swapping_a_node_is_exact_patching(node, brute_logits):
     model = ToyTransformer(ToyConfig(2, 4, 12, 3, 7, 4, 1, d_mlp=10, activation="gelu")).double()
     draw = torch.Generator().manual_seed(1)
     base, source = (siit_prompts(program, 5, draw) for _ in range(2))
-    with _watched(model) as written:
+    with nodes_recorded(model) as written:
         model(source)
-    with _swapped(model, node, written):
+    with node_patched(model, node, written):
         swapped = model(base).logits
     torch.testing.assert_close(swapped, brute_logits(model, base, source, node))
     assert not torch.allclose(swapped, model(base).logits)

@@ -213,7 +213,7 @@ def test_a_tokenizer_that_lacks_words_is_refused_with_their_list(word_model):
 
 
 def test_a_task_of_the_other_side_and_a_misspelling_are_refused(word_model):
-    with pytest.raises(ValueError, match=r"expected one of .*colored_objects in English.*Did you mean 'gender_bias'"):
+    with pytest.raises(ValueError, match=r"expected one of .*multiple_choice_symbols in English.*Did you mean 'gender_bias'"):
         make_pairs("gender_biased", word_model([]))
 
 

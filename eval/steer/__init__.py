@@ -1,0 +1,1 @@
+"""Contrast steering (``sparsary steer``): latents that tell two texts apart, and what raising them does to a model."""
