@@ -33,7 +33,7 @@ from ..probing.subject import ProbeTarget, probe_source, probe_target
 from ..result import Report
 from .cover import coverage, greedy_cover
 from .held_back import Reference, held_back, score_pool
-from .pooled import POOLINGS, TOP_ENTRIES, PooledDocuments, PoolReader, SparseRows, Vocabulary, together
+from .pooled import POOLINGS, TOP_ENTRIES, PooledDocuments, PoolReader, SparseRows, Vocabulary, joined_documents
 from .similarity import METHODS, PoolStatistics, contributions, contributions_to_minimum, mean_row
 from .store import PooledPool, store_pool, stored_pool
 
@@ -152,7 +152,7 @@ def select(
     windows = list(own.windows())
     if not windows:
         raise ValueError(f"--like: expected examples with tokens in {like}, got none.")
-    examples = together(windows)
+    examples = joined_documents(windows)
     return _Selection(asked, opened, subject, stored, examples, target, (str(pool), str(like))).written()
 
 
@@ -230,7 +230,7 @@ class _Selection:
                 parts.append((here, part.rows(wanted[here] - first)))
             first += len(part)
         order = np.argsort(np.concatenate([here for here, _ in parts]), kind="stable")
-        return together([rows for _, rows in parts]).rows(order)
+        return joined_documents([rows for _, rows in parts]).rows(order)
 
     def written(self) -> Report:
         asked, dictionary = self.asked, self.subject.dictionary
