@@ -134,7 +134,7 @@ class Encoder(nn.Module, ABC):
     """
 
     # Training keeps decoder directions at unit norm; without it the penalty must be weighted by their norms.
-    unit_atoms: ClassVar[bool] = True
+    unit_atoms: bool = True
     # An SAE then has one matrix for encoder and decoder.
     tied: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False

@@ -48,9 +48,11 @@ def matching_pursuit(
 ) -> SparseCode:
     """Return ``k`` steps of matching pursuit per token: select the best-correlated atom, then subtract its projection.
 
-    Atoms must have norm 1. A token's entries are in order of selection; an atom selected again gets another entry. A token
-    stops for good, and its remaining entries are zeros of latent 0, once no correlation is positive (up to rounding of
-    ``||x||``), or once ``||r|| <= tolerance ||x||`` before a step; tolerance 0 disables the second rule.
+    An atom of norm 1 is subtracted up to its projection, a shorter one by less than that and a longer one by more, and longer
+    atoms are selected more readily; above a norm of sqrt(2) a step raises the error. A token's entries are in order of
+    selection; an atom selected again gets another entry. A token stops for good, and its remaining entries are zeros of latent
+    0, once no correlation is positive (up to rounding of ``||x||``), or once ``||r|| <= tolerance ||x||`` before a step;
+    tolerance 0 disables the second rule.
 
     The selection is a constant of differentiation; the values have exact gradients to ``x`` and ``atoms`` through all earlier
     steps. Correlations and values are computed in at least float32, also under autocast. Source: Mallat & Zhang 1993; as an

@@ -17,7 +17,8 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
 
     The same dictionary and stream give the same result, so an interrupted calibration is simply repeated.
     """
-    if not dictionary.encoder.unit_atoms:
+    # Not the norms of a pursuit: they decide what it selects and how far a step goes.
+    if not dictionary.encoder.unit_atoms and not dictionary.encoder.tied:
         dictionary.fold_norms()
     counted = CountedInputs(stream, tokens, batch_tokens, dictionary.device)
     if not dictionary.calibrate(counted):

@@ -109,14 +109,17 @@ def _atoms_from(
 ) -> None:
     """Set the decoder from rows of centered outputs, and the encoder from the same rows or, if ``paired``, their inputs."""
     chosen = [torch.randint(outputs.shape[0], (len(block.weights.W_dec),)) for block in dictionary.blocks]
+    # The norms of a pursuit are free later on, but its steps diverge from rows of any length.
+    unit = dictionary.encoder.unit_atoms or dictionary.encoder.tied
     for block, tokens in zip(dictionary.blocks, chosen, strict=True):
         block.weights.W_dec.copy_(apart(outputs[tokens, block.writes]))
-    dictionary.renormalize()
+        if unit:
+            F.normalize(block.weights.W_dec, dim=-1, out=block.weights.W_dec)
     for block, tokens in zip(dictionary.blocks, chosen, strict=True):
         W_enc, W_dec = block.weights.W_enc, block.weights.W_dec
         if paired:
             rows = apart(inputs[tokens, block.reads])
-            W_enc.copy_(F.normalize(rows, dim=-1) if dictionary.encoder.unit_atoms else rows)
+            W_enc.copy_(F.normalize(rows, dim=-1) if unit else rows)
         elif W_enc is not W_dec:
             W_enc.copy_(W_dec)
 

@@ -38,6 +38,8 @@ class DictionaryAdam(torch.optim.Adam):
         super().__init__(parameters, lr=peak_lr(recipe), betas=betas, eps=ADAM_EPS, fused=True)
         self.dictionary, self.grad_clip = dictionary, recipe.grad_clip
         self.aligned, self.decay = recipe.dictionary.aligned, recipe.weight_average
+        self.lr_bias = recipe.lr_bias
+        self.biases = [p for name, p in dictionary.named_parameters() if name.rpartition(".")[2] == "b_enc"]
         # Steps so far, known after the first; read from the state of a resumed run.
         self._steps: int | None = None
         if self.aligned:
@@ -84,8 +86,15 @@ class DictionaryAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def plain_step(self) -> None:
-        """Update the parameters that have a gradient, as torch's Adam does."""
+        """Update the parameters that have a gradient, as torch's Adam does, and biases at their own rate.
+
+        An update is proportional to the rate, so a multiple of it is added. A group of its own for the biases would change
+        the layout of saved states.
+        """
+        before = [] if self.lr_bias == 1 else [bias.clone() for bias in self.biases]
         unwrap(torch.optim.Adam.step)(self)
+        for bias, old in zip(self.biases, before, strict=False):
+            bias.lerp_(old, 1 - self.lr_bias)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         unwrap(torch.optim.Adam.zero_grad)(self, set_to_none)

@@ -350,10 +350,15 @@ class TakeOver:
         return found
 
     def _norms(self) -> list[Float[Tensor, " n_latents"]]:
-        """Return the decoder norms of the source's latents in the units of the run; 1 for directions of zero."""
+        """Return the decoder norms of the source's latents in the units of the run; 1 for directions of zero.
+
+        Between pursuits with free norms they stay where they are, and only the units change.
+        """
+        stay = self.source.encoder.tied and self.dictionary.encoder.tied and not self.dictionary.encoder.unit_atoms
         found = []
         for block, latents in zip(self.source.blocks, self.own, strict=True):
-            norms = (latents.W_dec * _columns(self.source.out_scale, self.dictionary.out_scale, block.writes)).norm(dim=1)
+            directions = F.normalize(latents.W_dec, dim=-1) if stay else latents.W_dec
+            norms = (directions * _columns(self.source.out_scale, self.dictionary.out_scale, block.writes)).norm(dim=1)
             found.append(norms.where(norms > 0, 1.0))
         return found
 

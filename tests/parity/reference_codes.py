@@ -202,6 +202,7 @@ SAELENS: dict[str, Callable[[Given], Results]] = {
     "gated": lambda given: saelens_gated(given.with_unit_atoms()),
     "jumprelu": saelens_jumprelu,
     "matching_pursuit": lambda given: saelens_pursuit(given.with_unit_atoms(), int(given.pursuit_k), 0.0),
+    "matching_pursuit_free_norms": lambda given: saelens_pursuit(given, int(given.pursuit_k), 0.0),
     # Their tolerance is an absolute norm.
     "matching_pursuit_tolerance": lambda given: saelens_pursuit(
         given.with_unit_atoms().with_unit_inputs(), int(given.pursuit_k), float(given.tolerance)

@@ -99,6 +99,7 @@ CASES = (
     # float32 there whatever the dtype (jumprelu_sae.py:268).
     Case("saelens", "jumprelu", JUMPRELU, (*LINEAR, "threshold"), loss=False, tolerance=SINGLE),
     Case("saelens", "matching_pursuit", PURSUIT, ("W_dec", "b_dec"), unit_atoms=True),
+    Case("saelens", "matching_pursuit_free_norms", PURSUIT, ("W_dec", "b_dec")),
     Case(
         "saelens",
         "matching_pursuit_tolerance",

@@ -190,6 +190,25 @@ def test_tolerance_stops_each_token_when_its_own_residual_is_small(use_gram, ste
     assert torch.equal(latents, full_latents.where(live, 0))
 
 
+@pytest.mark.parametrize("use_gram", [True, False])
+def test_atoms_of_any_norm_are_selected_and_subtracted_with_their_norm(use_gram):
+    x, atoms = problem()
+    atoms = atoms * torch.linspace(0.7, 1.2, LATENTS, dtype=atoms.dtype)[:, None]
+    latents, values = select(x, atoms, K, 0.0, use_gram)
+    residual = x
+    for latent, value in zip(latents.T, values.T, strict=True):
+        best = (residual @ atoms.T).max(1)
+        assert torch.equal(latent, best.indices)
+        torch.testing.assert_close(value, best.values)
+        residual = residual - value[:, None] * atoms[latent]
+    x.requires_grad_()
+    atoms.requires_grad_()
+    code = matching_pursuit(x, atoms, K)
+    found = torch.autograd.grad(code.values.pow(3).sum(), [x, atoms])
+    expected = unrolled(x, atoms, latents, values > 0)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(expected.pow(3).sum(), [x, atoms]))
+
+
 def test_gradcheck_of_values_and_reconstruction():
     x, atoms = problem(tokens=3, d=5, n_latents=11)
     # The first token stops early.

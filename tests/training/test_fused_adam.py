@@ -219,6 +219,22 @@ def test_the_matrices_gradients_are_never_written_out(build):
     assert not any(ledger_of(w).products or ledger_of(w).rows for w in (d.W_dec, d.W_enc))
 
 
+@pytest.mark.parametrize("kind", [FusedAdam, DictionaryAdam])
+def test_biases_learn_at_their_own_rate(build, kind):
+    needs_kernels()
+    runs = [build(kind, "topk", lr_bias=factor) for factor in (1.0, 7.0)]
+    starts = [{name: p.detach().clone() for name, p in run.dictionary.named_parameters()} for run in runs]
+    for run in runs:
+        run.step(0)
+    one, seven = (
+        {name: p.detach() - start[name] for name, p in run.dictionary.named_parameters()}
+        for run, start in zip(runs, starts, strict=True)
+    )
+    assert one["b_enc"].abs().max() > 0
+    for name, moved in one.items():
+        torch.testing.assert_close(seven[name], (7 if name == "b_enc" else 1) * moved)
+
+
 def test_a_step_without_any_gradient_changes_nothing(build):
     needs_kernels()
     run = build(FusedAdam, "topk", grad_clip=0.1)

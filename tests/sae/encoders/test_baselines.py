@@ -17,6 +17,8 @@ from sparsary.sae.encoders.relu import ReLU
 from sparsary.sae.losses import normalized_mse
 from sparsary.sae.penalised import FASTEST, GAIN, PUSH, SparsityPenalty
 from sparsary.training.activations.stream import ActivationBatch
+from sparsary.training.activations.tensor_stream import TensorStream
+from sparsary.training.calibrate import finish
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
 TOKENS, D, LATENTS = 31, 5, 13
@@ -507,6 +509,25 @@ def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path, assert
     again = load_dictionary(tmp_path / "d")
     assert again.W_enc is None
     assert_same_tensors(again, sae)
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_norms_of_a_pursuit_are_free_unless_asked_for(tmp_path, unit_norm):
+    sae = SAE(D, LATENTS, MatchingPursuit(3, unit_norm=unit_norm))
+    assert sae.arguments()["encoder"] == {"name": "matching_pursuit", "k": 3, "tolerance": 0.0} | (
+        {"unit_norm": True} if unit_norm else {}
+    )
+    with torch.no_grad():
+        sae.W_dec.mul_(0.8)
+    sae.renormalize()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((LATENTS,), 1.0 if unit_norm else 0.8))
+    # At the end of training too: the norms belong to the function.
+    x, stream = torch.randn(TOKENS, D), TensorStream([torch.randn(TOKENS, D)], 1)
+    before = sae(x).detach()
+    finish(sae, stream, TOKENS, TOKENS)
+    torch.testing.assert_close(sae(x).detach(), before)
+    sae.save(tmp_path / "d")
+    assert load_dictionary(tmp_path / "d").encoder.unit_norm == unit_norm
 
 
 def test_more_steps_at_inference_lower_the_error():
