@@ -33,7 +33,7 @@ def _steer(
         str | None, typer.Option(metavar="FILE", help="Text that must stay as it is, to measure the cost. Default: --towards.")
     ] = None,
     strengths: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Strengths, separated by commas. Default: 0.5 to 4.")
+        str | None, typer.Option(metavar="LIST", help="Strengths, separated by commas. Default: 0.5 to 2.")
     ] = None,
     latents: Annotated[int, typer.Option(help="Number of latents to raise, and at most to set to zero.")] = 10,
     most_kl: Annotated[float, typer.Option(help="Largest KL on neutral text (nats per token) of a chosen strength.")] = 0.05,

@@ -163,6 +163,7 @@ def _steer_options(result: Mapping[str, Any]) -> list[Any]:
     words += ["--neutral", result["neutral"]] if result.get("neutral") else []
     words += ["--tokens", ",".join(result["tokens_given"])] if result.get("tokens_given") else []
     words += [word for prompt in result.get("prompts_given") or () for word in ("--prompt", prompt)]
+    words += ["--strengths", ",".join(f"{each:g}" for each in result["strengths"])] if result.get("strengths") else []
     return [*words, "--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
 
 

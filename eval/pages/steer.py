@@ -9,10 +9,12 @@ from .diff import bars
 from .document import document, encoder_label
 from .examples import ExampleLatent, example_of, is_gapped
 from .numbers import UNDEFINED, finite, show, show_interval
-from .plots import ACCENT, BAD, INK, MUTED, WARN, plot_card
+from .plots import ACCENT, BAD, INK, MUTED, WARN, plain_log_ticks, plot_card
 from .tables import FigureTile
 
 Found = dict[str, Any]
+# Of the latents set to zero, which may be many.
+ZEROED_SHOWN = 10
 SIZE = (430 / 72, 300 / 72)
 # Edit -> its name and what it is.
 EDITS = {
@@ -60,7 +62,9 @@ def render_steer(found: Found, features: str | None = None) -> str:
     Args:
         features: Address of the features page, to which latents link.
     """
-    latents = [_example(row, f"{features}#{row['latent']}" if features else "") for row in found["latents"]]
+    zeroed = [row for row in found["latents"] if row["role"] == "zeroed"]
+    shown = [row for row in found["latents"] if row["role"] == "raised"] + zeroed[:ZEROED_SHOWN]
+    latents = [_example(row, f"{features}#{row['latent']}" if features else "") for row in shown]
     tokens = (token for latent in latents for context in latent.contexts for token in context)
     documents, lengths = found["documents"], found["lengths"]
     facts = {
@@ -114,6 +118,7 @@ def render_steer(found: Found, features: str | None = None) -> str:
         selective=found["most_selective"],
         directions=found["directions"],
         latents=latents,
+        left_out=len(found["latents"]) - len(shown),
         samples=[_sample(each) for each in found["samples"]],
         gapped=is_gapped(token.text for token in tokens),
         export=found.get("export"),
@@ -216,7 +221,7 @@ def _tiles(found: Found) -> list[FigureTile]:
     ]
     for name in ("random", "mean", "prefix"):
         point = chosen_figures(groups[name], found)
-        tiles.append(FigureTile(f"{name}_share", EDITS[name][0], show(point["share"], digits=3), "continuations steered"))
+        tiles.append(FigureTile(f"{name}_share", EDITS[name][0], show(point["share"], digits=3), _budget_note(groups[name])))
     tiles.append(
         FigureTile(
             "auroc",
@@ -229,6 +234,10 @@ def _tiles(found: Found) -> list[FigureTile]:
     accuracy = show(found["classifier_accuracy"], digits=3)
     tiles.append(FigureTile("classifier", "classifier", accuracy, f"balanced accuracy on {found['lengths']['new']} tokens"))
     return tiles
+
+
+def _budget_note(rows: list[dict[str, Any]]) -> str:
+    return "continuations steered" if any(row["chosen"] for row in rows) else "no strength within the budget"
 
 
 def _token_words(entry: dict[str, Any]) -> str:
@@ -245,10 +254,11 @@ def _example(row: dict[str, Any], href: str) -> ExampleLatent:
 
 
 def _sample(entry: dict[str, Any]) -> SteerSample:
-    names: dict[str, str] = {"none": "no edit"} | {
-        f"{name}_0" if name == "random" else name: label for name, (label, _) in EDITS.items()
-    }
-    return SteerSample(entry["prompt"], [(names.get(name, name), text) for name, text in entry["texts"].items()])
+    texts = []
+    for name, text in entry["texts"].items():
+        kind = name.partition("_")[0]
+        texts.append((EDITS[kind][0] if kind in EDITS else "no edit", text))
+    return SteerSample(entry["prompt"], texts)
 
 
 def _front(ax: Axes, found: Found) -> str | None:
@@ -269,6 +279,7 @@ def _front(ax: Axes, found: Found) -> str | None:
             words.append(f"{label} from {show(y[0], digits=3)} to {show(y[-1], digits=3)}")
     ax.axvline(found["most_kl"], color=MUTED, linestyle="--", linewidth=1)
     ax.set_xscale("log")
+    plain_log_ticks(ax.xaxis)
     ax.set(xlabel="KL divergence on neutral text, nats per token", ylabel="continuations steered", ylim=(-0.03, 1.03))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
     return "Share of continuations steered, by strength: " + ", ".join(words) + "."

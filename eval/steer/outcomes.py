@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from ..bootstrap import ByDocument, bootstrap_mean
+from ..bootstrap import ByDocument
+from ..circuits.tasks.competence import wilson
 from ..features.records import number
 from ..probing.probes import LinearProbe, logistic
 from ..undefined import settled
@@ -98,14 +99,14 @@ def success(
 ) -> dict[str, float]:
     """Return how continuations come out.
 
-    ``share`` is the share of them that the classifier takes for the text steered towards, with its 95% interval;
+    ``share`` is the share of them that the classifier takes for the text steered towards, with its 95% Wilson interval;
     ``token_share`` that of target tokens among their target and contrast tokens.
     """
     ids = steered.continuations(prompts, new, *setting)
-    share = bootstrap_mean(classifier.judges(ids).astype(float), steered.seed)
+    share = float(classifier.judges(ids).mean())
+    low, high = wilson(share, len(ids))
     target, contrast = (int(tokens[ids.numpy()].sum()) for tokens in sets)
-    figures = {"share": share.mean, "share_low": share.low, "share_high": share.high}
-    figures["token_share"] = target / max(target + contrast, 1)
+    figures = {"share": share, "share_low": low, "share_high": high, "token_share": target / max(target + contrast, 1)}
     return {name: number(value) for name, value in figures.items()}
 
 

@@ -31,7 +31,7 @@ from .texts import Text, prompts_of
 log = logging.getLogger(__name__)
 
 STEER_FILE, STEER_VERSION = "steer.json", 1
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DOCUMENTS, LATENTS, MOST_KL = 400, 10, 0.05
 # Latents of each kind whose effect is measured, the most selective ones.
 CANDIDATES = 100
@@ -118,6 +118,7 @@ def steer(
         "neutral": None if neutral is None else _named(neutral),
         "tokens_given": None if tokens is None else list(tokens),
         "prompts_given": prompts,
+        "strengths": list(strengths),
         "latents_asked": latents,
         "most_kl": most_kl,
         "seed": seed,

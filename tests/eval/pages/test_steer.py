@@ -53,6 +53,7 @@ FOUND = {
     "neutral": "numbers.jsonl",
     "tokens_given": None,
     "prompts_given": ["The war"],
+    "strengths": [1.0, 2.0],
     "latents_asked": 10,
     "most_kl": 0.05,
     "seed": 3,
@@ -122,6 +123,7 @@ def test_random_draws_are_one_row_and_an_edit_too_costly_leaves_the_model_as_it_
     rows = {each.name: each for each in edit_rows(values)}
     assert len(rows) == len(EDITS)
     assert (rows["random latents"].share, rows["random latents"].interval) == ("0.05", "draws 0.02 to 0.08")
+    assert "no strength within the budget" in render_steer(values)
     assert (rows["difference in means"].strength, rows["difference in means"].share) == ("none", "0.02")
     assert rows["latents"].ce == "0.25"
     assert rows["prompt prefix"].strength == "-"
@@ -132,7 +134,7 @@ def test_the_page_s_command_and_place(values, tmp_path):
     path.write_text(json.dumps(values))
     html = render_file(path).read_text()
     assert "sparsary steer runs/steering/embedded --towards second.jsonl --from first.jsonl --neutral numbers.jsonl" in html
-    assert "--latents 10 --most-kl 0.05 --seed 3" in html
+    assert "--strengths 1,2 --latents 10 --most-kl 0.05 --seed 3" in html
     path.write_text(json.dumps({key: value for key, value in values.items() if key != "edits"}))
     with pytest.raises(ValueError, match="expected what sparsary steer writes, got a file without some of it"):
         render_file(path)
