@@ -62,7 +62,7 @@ def matching_pursuit(
         x, atoms = _at_least_float32(x), _at_least_float32(atoms)
         (tokens, d), n_latents = x.shape, atoms.shape[0]
         use_gram = gram_is_cheaper(tokens, d, n_latents, k, x.element_size())
-        latents, values = select(x, atoms, k, tolerance, use_gram)
+        latents, values = selected_atoms(x, atoms, k, tolerance, use_gram)
         return SparseCode.from_rows(latents, cast(Tensor, _PursuitValues.apply(x, atoms, latents, values)))
 
 
@@ -94,7 +94,7 @@ def _gram_pays(tokens: int, d: int, n_latents: int, k: int, bytes_per_number: in
 
 
 @torch.no_grad()
-def select(
+def selected_atoms(
     x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float, use_gram: bool
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
     """Return latents and values of matching pursuit, by one of two methods that differ only by rounding.
@@ -141,7 +141,7 @@ def _select_compiled(
     tolerance: int | float,
     use_gram: bool,
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """Compute ``select`` in compiled loops, without further work on tokens that have stopped."""
+    """Compute ``selected_atoms`` in compiled loops, without further work on tokens that have stopped."""
     tokens, n = x.shape[0], atoms.shape[0]
     latents, values = torch.zeros(tokens, k, dtype=torch.long), x.new_zeros(tokens, k)
     gram = _gram(atoms) if use_gram else None

@@ -1,6 +1,6 @@
 """A planted pair of towers: images are sparse sums of concepts and noise, word vectors are concepts and noise.
 
-Every image has one of the first ``CLASSES`` concepts, which is its class, and two of the others.
+An image has one of the first ``CLASSES`` concepts, which is its class, or none of them, and two of the others.
 """
 
 import json
@@ -17,13 +17,14 @@ def write_towers(folder, images=1200, seed=0, orthonormal=True):
     generator = np.random.default_rng(seed)
     concepts = generator.normal(size=(D, CONCEPTS))
     concepts = (np.linalg.qr(concepts)[0] if orthonormal else concepts / np.linalg.norm(concepts, axis=0)).T
-    labels = generator.integers(0, CLASSES, images)
+    labels = generator.integers(0, CLASSES + 1, images)
     codes = np.zeros((images, CONCEPTS))
-    codes[np.arange(images), labels] = 1 + generator.random(images)
+    codes[np.arange(images), labels] = (1 + generator.random(images)) * (labels < CLASSES)
     for row in codes:
         row[generator.choice(np.arange(CLASSES, CONCEPTS), 2, replace=False)] = 1 + generator.random(2)
     np.save(folder / "images.npy", (codes @ concepts + 0.03 * generator.normal(size=(images, D))).astype(np.float32))
-    rows = [{"label": f"class {label}", "name": f"image {place}"} for place, label in enumerate(labels)]
+    names = [*(f"class {place}" for place in range(CLASSES)), "none"]
+    rows = [{"label": names[label], "name": f"image {place}"} for place, label in enumerate(labels)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = concepts + 0.3 * generator.normal(size=concepts.shape) / D**0.5
     others = generator.normal(size=(60, D)) / D**0.5

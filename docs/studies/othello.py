@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from othello_detectors import COLOURS, KINDS, Bench, BoardProbe, Judged, Positions, accuracy, disentanglement, unit
+from othello_detectors import COLOURS, KINDS, LEADING, Bench, BoardProbe, Judged, Positions, accuracy, disentanglement, unit
 from othello_model import GOAL, LAYERS, build_model, build_tokenizer
 from othello_rules import PASS, SQUARES, random_games
 from results import write_results
@@ -37,14 +37,16 @@ from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.model import LanguageModel
 
 HOOKS = [f"transformer.h.{layer}:out" for layer in range(LAYERS)]
-LATENTS, K, TOKENS = 256, 16, 200_000
+K = 16
 FAMILIES = {
     "topk": {"name": "topk", "k": K},
     "jumprelu": {"name": "jumprelu", "target_l0": K},
 }
 SEEDS = (0, 1)
-# Games of the dictionaries' text, of the probes, and of the figures; their seeds differ from those of the model's games.
-TEXT_GAMES, PROBE_GAMES, JUDGED_GAMES = 8_000, 2_000, 400
+# Games of the probes and of the figures; their seeds and that of the dictionaries' text differ from those of the model's games.
+PROBE_GAMES, JUDGED_GAMES = 2_000, 400
+# Tokens of a game that dictionaries are trained on, rounded down.
+GAME_TOKENS = 25
 TEXT_SEED, PROBE_SEED, JUDGED_SEED = 101, 102, 103
 
 
@@ -61,11 +63,11 @@ def codes_of(dictionary: SparseDictionary, x: np.ndarray) -> tuple[sparse.csc_ar
     return codes, figures
 
 
-def random_like(trained: SparseDictionary, x: np.ndarray, seed: int) -> SparseDictionary:
+def random_like(x: np.ndarray, latents: int, seed: int) -> SparseDictionary:
     """Return TopK of random unit directions about the activations' mean, scaled by their spread."""
     generator = torch.Generator().manual_seed(seed)
-    atoms = F.normalize(torch.randn(LATENTS, trained.d_in, generator=generator), dim=1)
-    sae = sparsary.SAE(trained.d_in, LATENTS, build_encoder({"name": "topk", "k": K}))
+    atoms = F.normalize(torch.randn(latents, x.shape[1], generator=generator), dim=1)
+    sae = sparsary.SAE(x.shape[1], latents, build_encoder({"name": "topk", "k": K}))
     with torch.no_grad():
         for name, value in {"W_enc": atoms, "W_dec": atoms, "b_dec": torch.from_numpy(x.mean(0))}.items():
             getattr(sae, name).copy_(value)
@@ -74,26 +76,28 @@ def random_like(trained: SparseDictionary, x: np.ndarray, seed: int) -> SparseDi
     return sae.requires_grad_(False).eval()
 
 
-def train_dictionaries(runs: Path, name: str, members: list[dict[str, Any]]) -> None:
-    """Train dictionaries of a model in ``runs``, all on one pass over random games."""
+def train_dictionaries(runs: Path, latents: int, tokens: int, members: list[dict[str, Any]]) -> None:
+    """Train dictionaries of the model in ``runs``, all on one pass over random games."""
     text = runs / "games.jsonl"
     if not text.exists():
-        games = random_games(TEXT_GAMES, np.random.default_rng(TEXT_SEED))
+        games = random_games(tokens // GAME_TOKENS, np.random.default_rng(TEXT_SEED))
         words = [*SQUARES, "pass"]
         lines = (" ".join(words[token] for token in game if token <= PASS) for game in games.tokens.tolist())
         text.with_suffix(".part").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
         text.with_suffix(".part").replace(text)
     sparsary.train(
         {
-            "model": {"id": str(runs / name), "device": "cpu"},
+            "model": {"id": str(runs / "model"), "device": "cpu"},
             "text": {"source": "files", "files": [str(text)], "packing": "separate", "context_length": 40},
-            "harvest": {"hooks": HOOKS, "heldout": 0.02},
-            "dictionary": {"hook": HOOKS[0], "n_latents": LATENTS, "encoder": FAMILIES["topk"]},
-            "tokens": TOKENS,
+            "harvest": {"hooks": HOOKS, "heldout": 0.02, "exclude_leading": LEADING},
+            "dictionary": {"hook": HOOKS[0], "n_latents": latents, "encoder": FAMILIES["topk"]},
+            "tokens": tokens,
             "batch_tokens": 2048,
             "lr": 1e-3,
-            "dead_after_tokens": TOKENS // 10,
-            "out_dir": str(runs / f"{name}-dictionaries"),
+            "dead_after_tokens": tokens // 10,
+            # Thresholds are calibrated again below, on activations that are in memory.
+            "calibration_tokens": 2048,
+            "out_dir": str(runs / "model-dictionaries"),
             "grid": members,
         }
     )
@@ -109,14 +113,15 @@ def run_name(layer: int, family: str, seed: int) -> str:
     return f"block{layer}-{family}-seed{seed}"
 
 
-def judge_layer(runs: Path, name: str, layer: int, bench: Bench, others: Positions) -> dict[str, Any]:
+def judge_layer(runs: Path, name: str, layer: int, bench: Bench, others: Positions, latents: int) -> dict[str, Any]:
     """Return all figures of one block of the trained or the untrained model, or read them."""
     done = runs / f"{name}-block{layer}.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     model = LanguageModel.from_pretrained(runs / name, device="cpu")
     x = bench.positions.activations(model, HOOKS[layer])
-    probe = BoardProbe.fitted(others.activations(model, HOOKS[layer]), others, 0)
+    x_others = others.activations(model, HOOKS[layer])
+    probe = BoardProbe.fitted(x_others, others, 0)
     likeliest, odds = probe.log_odds(x)
     directions, means = probe.directions()[bench.chosen], bench.differences(x)
     scored = ~bench.fitted
@@ -127,10 +132,11 @@ def judge_layer(runs: Path, name: str, layer: int, bench: Bench, others: Positio
         "dimension": bench.best_columns(x).summary(bench.kinds),
         "dictionaries": [],
     }
-    runs_of = [(family, seed) for family in FAMILIES for seed in SEEDS] if name == "model" else [("topk", 0)]
-    saes = [(*each, load_dictionary(runs / f"{name}-dictionaries" / run_name(layer, *each))) for each in runs_of]
-    saes.append(("random", 0, random_like(saes[0][-1], x, 0)))
+    runs_of = [(family, seed) for family in FAMILIES for seed in SEEDS] if name == "model" else []
+    saes = [(*each, load_dictionary(runs / "model-dictionaries" / run_name(layer, *each))) for each in runs_of]
+    saes.append(("random", 0, random_like(x, latents, 0)))
     for family, seed, sae in saes:
+        sae.calibrate(torch.from_numpy(x_others).split(4096))
         codes, row = codes_of(sae, x)
         judged = bench.best_columns(codes)
         atoms = unit(sae.atoms.detach().float().numpy().reshape(sae.n_latents, -1))[judged.columns]
@@ -156,7 +162,7 @@ def gap(probe: Judged, latents: Judged, kinds: np.ndarray) -> dict[str, float]:
     return {"gap_f1": ends.mean, "gap_f1_low": ends.low, "gap_f1_high": ends.high}
 
 
-def run_study(runs: Path) -> dict[str, Any]:
+def run_study(runs: Path, latents: int, tokens: int) -> dict[str, Any]:
     """Train what is not there yet, and return all figures."""
     training = json.loads((runs / "model" / "training.json").read_text(encoding="utf-8"))
     if not (runs / "untrained").exists():
@@ -164,17 +170,18 @@ def run_study(runs: Path) -> dict[str, Any]:
         build_tokenizer().save_pretrained(runs / "untrained")
     layers = range(LAYERS)
     members = [member(layer, family, seed) for layer in layers for family in FAMILIES for seed in SEEDS]
-    train_dictionaries(runs, "model", members)
-    train_dictionaries(runs, "untrained", [member(layer, "topk", 0) for layer in layers])
+    train_dictionaries(runs, latents, tokens, members)
     bench = Bench(Positions.of(JUDGED_GAMES, JUDGED_SEED))
     others = Positions.of(PROBE_GAMES, PROBE_SEED)
-    found = {name: [judge_layer(runs, name, layer, bench, others) for layer in layers] for name in ("model", "untrained")}
+    found = {
+        name: [judge_layer(runs, name, layer, bench, others, latents) for layer in layers] for name in ("model", "untrained")
+    }
     positions = bench.positions
     counts = {kind: int((bench.kinds == kind).sum()) for kind in KINDS}
     truth = disentanglement(
         positions, sparse.csc_array(bench.labels[:, np.isin(bench.kinds, COLOURS)].astype(np.float32)), None
     )
-    about = {"goal": GOAL, "latents": LATENTS, "k": K, "tokens": TOKENS, "games": JUDGED_GAMES, "factors": counts}
+    about = {"goal": GOAL, "latents": latents, "k": K, "tokens": tokens, "games": JUDGED_GAMES, "factors": counts}
     about |= {"scored_tokens": int((~bench.fitted).sum()), "scored_games": int(bench.owners.max()) + 1}
     about |= {"probe_tokens": len(others.documents), "chance_f1": chance(bench)}
     return {"about": about, "training": training, "truth": truth, **found}
@@ -191,7 +198,7 @@ def chance(bench: Bench) -> dict[str, float]:
 
 def write_factors(path: Path, games: int) -> None:
     """Write games with the factors of their tokens for ``sparsary probe --factors``."""
-    positions = Positions.of(games, JUDGED_SEED)
+    positions = Positions.of(games, JUDGED_SEED, leading=0)
     factors = iter(positions.factors())
     words = [*SQUARES, "pass"]
     with path.open("w", encoding="utf-8") as handle:
@@ -240,7 +247,9 @@ def tables(found: dict[str, Any]) -> str:
         lines += [[family, *(both(pick(layer, family), f"{kind}_f1") for layer in found["model"])] for family in FAMILIES]
         lines.append(["dimension", *(shown(layer["dimension"], f"{kind}_f1") for layer in found["model"])])
         lines.append(["random dictionary", *(both(pick(layer, "random"), f"{kind}_f1") for layer in found["model"])])
-        lines.append(["untrained: topk", *(both(pick(layer, "topk"), f"{kind}_f1") for layer in found["untrained"])])
+        lines.append(
+            ["untrained: random dictionary", *(both(pick(layer, "random"), f"{kind}_f1") for layer in found["untrained"])]
+        )
         lines.append(["untrained: probe", *(shown(layer["probe"], f"{kind}_f1") for layer in found["untrained"])])
         lines.append(["always yes", *[f"{found['about']['chance_f1'][kind]:.3f}"] * LAYERS])
         parts.append(table([f"F1, {kind}", *(f"block {block}" for block in blocks)], lines))
@@ -261,18 +270,12 @@ def tables(found: dict[str, Any]) -> str:
         "stable: F1 0.8",
     ]
     parts.append(table(header, lines))
-    lines = []
+    lines, keys = [], [f"infomec_{name}" for name in ("modularity", "matched_compactness", "compactness", "explicitness")]
     for layer in range(LAYERS):
         for what in ("probe", *FAMILIES):
-            here = found["model"][layer]
-            some = [here["probe"]] if what == "probe" else pick(here, what)
-            cells = [shown(some[0], f"infomec_{key}") for key in ("modularity", "matched_compactness")]
-            lines.append(
-                [str(layer), what, *cells, *(f"{some[0][f'infomec_{key}']:.3f}" for key in ("compactness", "explicitness"))]
-            )
-    own = found["truth"]
-    cells = [shown(own, f"infomec_{key}") for key in ("modularity", "matched_compactness")]
-    lines.append(["-", "truth", *cells, *(f"{own[f'infomec_{key}']:.3f}" for key in ("compactness", "explicitness"))])
+            own = found["model"][layer]["probe"] if what == "probe" else pick(found["model"][layer], what)[0]
+            lines.append([str(layer), what, *(f"{own[key]:.3f}" for key in keys)])
+    lines.append(["-", "truth", *(f"{found['truth'][key]:.3f}" for key in keys)])
     parts.append(table(["block", "code", "modularity", "matched compactness", "compactness", "explicitness"], lines))
     lines = []
     for layer in range(LAYERS):
@@ -310,7 +313,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             lines = {"probe": (INK, "-", [[layer["probe"]] for layer in found["model"]])}
             lines |= {each: (colours[each], "-", [pick(layer, each) for layer in found["model"]]) for each in FAMILIES}
             lines["random dictionary"] = (MUTED, ":", [pick(layer, "random") for layer in found["model"]])
-            lines["untrained: topk"] = (ACCENT, ":", [pick(layer, "topk") for layer in found["untrained"]])
+            lines["untrained: probe"] = (INK, ":", [[layer["probe"]] for layer in found["untrained"]])
             for label, (colour, style, rows) in lines.items():
                 values = [mean(row, f"{kind}_f1") for row in rows]
                 ends = np.abs([[row[0][f"{kind}_f1_{end}"] - row[0][f"{kind}_f1"] for row in rows] for end in ("low", "high")])
@@ -330,6 +333,8 @@ HISTORY = ("step", "tokens", "loss", "legal_moves", "legal_mass", "passes_and_en
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/othello"), help="the folder of model/, and of all runs")
+    parser.add_argument("--latents", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=200_000, help="tokens that every dictionary is trained on")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--tables", action="store_true", help="tables and plot of the results that are there, nothing else")
     parser.add_argument("--factors", type=Path, help="only write 100 games for sparsary probe --factors to this file")
@@ -341,7 +346,7 @@ def main() -> None:
     if not options.tables:
         if not (options.runs / "model" / "training.json").exists():
             raise SystemExit(f"{options.runs}/model: expected a trained model. Run: python docs/studies/othello_model.py")
-        write_results(results, run_study(options.runs))
+        write_results(results, run_study(options.runs, options.latents, options.tokens))
     found = json.loads(results.read_text(encoding="utf-8"))
     draw(found, options.docs / "othello.png")
     print(tables(found))

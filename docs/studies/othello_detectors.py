@@ -23,9 +23,11 @@ COLOURS = ("mine", "yours", "empty")
 KINDS = (*COLOURS, "flipped", "stable")
 # Every square is the image of one of these under a symmetry of the board.
 QUADRANT = [square for square in SQUARES if square[0] in "abc" and square[1] in "123"]
-PROBE_STEPS, PROBE_ROWS = 1000, 1024
+# Positions of a context that recipes leave out by default: dictionaries are judged on what they are trained on.
+LEADING = 8
+PROBE_STEPS, PROBE_ROWS = 800, 1024
 # Games of InfoMEC.
-INFOMEC_GAMES = 200
+INFOMEC_GAMES = 100
 # Positives and negatives of a factor in either half of the games.
 LEAST = 30
 
@@ -41,10 +43,10 @@ class Positions:
     facts: np.ndarray  # (tokens, 72): flipped, then stable
 
     @classmethod
-    def of(cls, games: int, seed: int) -> "Positions":
-        """Play random games."""
+    def of(cls, games: int, seed: int, leading: int = LEADING) -> "Positions":
+        """Play random games; the first ``leading`` positions of each, BOS among them, are left out."""
         played = random_games(games, np.random.default_rng(seed))
-        kept = played.played[:, :-1]
+        kept = played.played[:, :-1] & (np.arange(1, played.tokens.shape[1]) >= leading)
         mine, yours, flipped = (boards[:, :-1][kept] for boards in (played.mine, played.yours, played.flipped))
         colours = np.where(squares(mine), 0, np.where(squares(yours), 1, 2))
         facts = np.concatenate([squares(flipped), squares(stable(mine, yours))], -1)

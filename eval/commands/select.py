@@ -30,7 +30,7 @@ def _select(
     pooling: Annotated[str, typer.Option(help="max or mean over the tokens of a document.")] = "max",
     top: Annotated[int, typer.Option(min=1, help="Largest entries of a pooled code that are kept.")] = 256,
     diverse: Annotated[
-        bool, typer.Option("--diverse", help="Of four times as many similar documents, keep those that cover most latents.")
+        bool, typer.Option("--diverse", help="Of twice as many similar documents, keep those that cover most latents.")
     ] = False,
     column: Annotated[str, typer.Option(help="Column or JSON key with the text, in both files.")] = "text",
     truth: Annotated[

@@ -7,7 +7,7 @@ from ...sae.files import read_json
 NAMES_FOLDER, NAMES_FILE = "names", "names.json"
 
 
-def names_of(checkpoint: Path) -> dict[int, str]:
+def recorded_names(checkpoint: Path) -> dict[int, str]:
     """Return the names that are above the floor, by latent; empty if the checkpoint has none."""
     path = checkpoint / NAMES_FOLDER / NAMES_FILE
     if not path.is_file():

@@ -13,8 +13,13 @@ from .tables import Cell, Column
 CLASS_COLUMNS = [
     Column("concepts", "n_concepts", None, "Latents with a weight other than 0 for the class."),
     Column("recall", "recall", max, "Share of the class's test rows that are recognized."),
-    Column("zeroed", "recall_zeroed", None, "The same with the strongest concept silent; nothing is refitted."),
-    Column("random", "recall_random", None, "The same with a random latent of about the same density silent."),
+    Column(
+        "zeroed",
+        "recall_zeroed",
+        None,
+        "The same with the strongest concept silent (all latents of its name); nothing is refitted.",
+    ),
+    Column("random", "recall_random", None, "The same with as many random latents of about the same density silent."),
     Column("others", "others", max, "Share of the other classes' test rows that are recognized."),
     Column("others, zeroed", "others_zeroed", None, "The same with this class's strongest concept silent."),
 ]

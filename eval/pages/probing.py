@@ -223,7 +223,7 @@ def _plots(found: Results) -> Iterable[PlotCard]:
     )
     yield plot_card(
         "Concept bottleneck",
-        "Accuracy on validation rows along the path of L1 penalties, by weights other than 0; dashed: dense probe.",
+        "Accuracy on validation rows along the path of L1 penalties, by nonzero weights; dashed: dense probe on test rows.",
         lambda ax: draw_path(ax, found),
         INCHES,
     )

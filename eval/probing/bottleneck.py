@@ -4,8 +4,9 @@ After the concept bottleneck of Discover-then-Name (Rao et al. 2024, arXiv:2407.
 one logistic regression for each class with an L1 penalty, along a path of penalties: the sparsest one whose validation accuracy
 is within one standard error of the best is refitted and tested, beside a dense probe of the activation.
 
-A class's concept is the latent that adds most to its score: weight times mean value on the class's training rows. Zeroing takes
-it out of the code of the test rows, and nothing is refitted; the control is a random latent of about the same density.
+A class's concept is the latent that adds most to its score: weight times mean value on the class's training rows; with it, the
+latents that ``sparsary name`` gave the same name, since a dictionary may split a concept over several. Zeroing takes them out
+of the code of the test rows, and nothing is refitted; the control is as many random latents of about the same densities.
 """
 
 import warnings
@@ -41,8 +42,13 @@ class ClassWeights(NamedTuple):
         return np.asarray(columns @ self.weights.T) + self.offsets
 
 
-def bottleneck(data: Sequence[Pooled], seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def bottleneck(
+    data: Sequence[Pooled], seed: int, names: Mapping[int, str] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the report's entries, means over the sets of data, and a row for each class.
+
+    Args:
+        names: Names of latents; those with one name are one concept.
 
     Raises:
         ValueError: If a set has fewer than two classes with enough rows.
@@ -50,7 +56,7 @@ def bottleneck(data: Sequence[Pooled], seed: int) -> tuple[dict[str, Any], list[
     classes: list[dict[str, Any]] = []
     found: list[dict[str, float]] = []
     for each in data:
-        entries, own = _one_set(each, seed)
+        entries, own = _one_set(each, seed, names or {})
         found.append(entries)
         classes += own
     report = {f"bottleneck_{key}": float(np.mean([entries[key] for entries in found])) for key in found[0]}
@@ -93,7 +99,7 @@ def bottleneck_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _one_set(data: Pooled, seed: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def _one_set(data: Pooled, seed: int, names: Mapping[int, str]) -> tuple[dict[str, float], list[dict[str, Any]]]:
     generator = np.random.default_rng(seed)
     split = split_texts(data, data.labels, seed)
     labels = np.array([split.classes.index(label) if label in split.classes else -1 for label in data.labels.tolist()])
@@ -121,9 +127,10 @@ def _one_set(data: Pooled, seed: int) -> tuple[dict[str, float], list[dict[str, 
     truth = labels[split.test]
     accuracy = _accuracy(sparse_probe.scores(test), truth)
     dense = _dense_accuracy(data.x, labels, (fit, check, split.train, split.test), len(split.classes))
-    classes = [
-        _class_row(data.name, number, split.classes[number], sparse_probe, scaled, (split.train, split.test), labels, generator)
-        for number in range(len(split.classes))
+    classes: list[dict[str, Any]] = [
+        _class_row(number, sparse_probe, scaled, (split.train, split.test), labels, names, generator)
+        | {"set": data.name, "class": label}
+        for number, label in enumerate(split.classes)
     ]
     # A class that is the absence of all others has no concept to zero.
     zeroed = [row for row in classes if row["concepts"]]
@@ -184,13 +191,12 @@ def _dense_accuracy(x: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, 
 
 
 def _class_row(
-    name: str,
     number: int,
-    label: str,
     probe: ClassWeights,
     codes: Any,
     rows: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray,
+    names: Mapping[int, str],
     generator: np.random.Generator,
 ) -> dict[str, Any]:
     train, test = rows
@@ -201,8 +207,6 @@ def _class_row(
     before = probe.scores(code).argmax(1) == truth
     mine = truth == number
     row: dict[str, Any] = {
-        "set": name,
-        "class": label,
         "rows": int(mine.sum()),
         "n_concepts": int((probe.weights[number] != 0).sum()),
         "concepts": [
@@ -216,23 +220,30 @@ def _class_row(
         "recall": float(before[mine].mean()),
         "others": float(before[~mine].mean()),
     }
-    latents = (strongest[0], _like(codes[train], strongest[0], generator)) if strongest else (None, None)
-    for key, latent in zip(("zeroed", "random"), latents, strict=True):
-        after = before if latent is None else probe.scores(without(code, latent)).argmax(1) == truth
+    concept = strongest[:1]
+    if concept and concept[0] in names:
+        concept += sorted(latent for latent, name in names.items() if name == names[concept[0]] and latent != concept[0])
+    for key, latents in (("zeroed", concept), ("random", _like(codes[train], concept, generator))):
+        after = probe.scores(without(code, latents)).argmax(1) == truth
         row |= {f"recall_{key}": float(after[mine].mean()), f"others_{key}": float(after[~mine].mean())}
-    return row | {"random_latent": latents[1]}
+        row[f"{key}_latents"] = latents
+    return row
 
 
-def without(codes: Any, latent: int) -> Any:
-    """Return sparse codes with one latent silent."""
+def without(codes: Any, latents: Sequence[int]) -> Any:
+    """Return sparse codes with some latents silent."""
     kept = np.ones(codes.shape[1])
-    kept[latent] = 0
+    kept[list(latents)] = 0
     return sparse.csr_array(codes @ sparse.diags_array(kept))
 
 
-def _like(codes: Any, latent: int, generator: np.random.Generator) -> int:
-    """Return a random latent among the ten others whose density is nearest to that of one."""
+def _like(codes: Any, latents: Sequence[int], generator: np.random.Generator) -> list[int]:
+    """Return as many random latents, each among the ten others whose density is nearest to that of one of them."""
     density = np.bincount(codes.indices[codes.data != 0], minlength=codes.shape[1]) / codes.shape[0]
-    distance = np.abs(density - density[latent])
-    distance[latent] = np.inf
-    return int(generator.choice(np.argsort(distance, kind="stable")[: min(10, len(distance) - 1)]))
+    found: list[int] = []
+    for latent in latents:
+        distance = np.abs(density - density[latent])
+        distance[[*latents, *found]] = np.inf
+        near = [int(other) for other in np.argsort(distance, kind="stable")[:10] if np.isfinite(distance[other])]
+        found += [int(generator.choice(near))] if near else []
+    return found

@@ -11,7 +11,7 @@ from ...training.activations.vector_files import VectorFiles
 from ...training.recipe import HarvestSection
 from ..checkpoint import LoadedCheckpoint
 from ..features.vectors import LABEL, RowTable
-from ..name.names_file import names_of
+from ..name.names_file import recorded_names
 from ..pages.examples import features_files, latent_label, records_of
 from ..sanity import ROWS_AT_ONCE
 from .datasets import Pooled
@@ -55,5 +55,5 @@ def concept_names(opened: LoadedCheckpoint, latents: AbstractSet[int]) -> dict[i
     """Return names of latents: those of ``sparsary name``, else labels of the checkpoint's features, where they are there."""
     files = features_files([opened.directory], opened.members[0].dictionary.n_latents)
     labels = {} if files is None else records_of(files.records, set(latents))
-    found = {latent: latent_label(record) for latent, record in labels.items()} | names_of(opened.directory)
+    found = {latent: latent_label(record) for latent, record in labels.items()} | recorded_names(opened.directory)
     return {latent: name.strip() for latent, name in found.items() if latent in latents}

@@ -14,6 +14,7 @@ from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import LoadedCheckpoint, of_one_model, open_checkpoint, section_of_vectors, with_model
+from ..name.names_file import recorded_names
 from ..pages.render import CLASSES_DIGEST, CLASSES_FILE, FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
@@ -260,7 +261,7 @@ def _supervised(subject: ProbeTarget, seed: int, found: ProbingResults, target: 
 
 
 def _bottleneck(data: list[Pooled], opened: LoadedCheckpoint, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:
-    report, classes = bottleneck(data, seed)
+    report, classes = bottleneck(data, seed, recorded_names(opened.directory))
     latents = {concept["latent"] for row in classes for concept in row["concepts"]}
     rows = with_names(classes, concept_names(opened, latents))
     _write_lines(target / CLASSES_FILE, rows)

@@ -57,7 +57,7 @@ class PooledDocuments:
         return PooledDocuments({name: rows[chosen] for name, rows in self.units.items()}, **arrays)
 
 
-def together(parts: Sequence[PooledDocuments]) -> PooledDocuments:
+def joined_documents(parts: Sequence[PooledDocuments]) -> PooledDocuments:
     """Return the documents of several parts; parts that were read before others know fewer words."""
     words = max(part.units[WORDS].shape[1] for part in parts)
     parts = [part if part.units[WORDS].shape[1] == words else with_words(part, words) for part in parts]

@@ -33,15 +33,15 @@ from ..probing.subject import ProbeTarget, probe_source, probe_target
 from ..result import Report
 from .cover import coverage, greedy_cover
 from .held_back import Reference, held_back, score_pool
-from .pooled import POOLINGS, TOP_ENTRIES, PooledDocuments, PoolReader, SparseRows, Vocabulary, together
-from .similarity import METHODS, PoolStatistics, contributions, mean_row
+from .pooled import POOLINGS, TOP_ENTRIES, PooledDocuments, PoolReader, SparseRows, Vocabulary, joined_documents
+from .similarity import METHODS, PoolStatistics, contributions, contributions_to_minimum, mean_row
 from .store import PooledPool, store_pool, stored_pool
 
 SELECT_VERSION = 1
 SELECT_FILE, CHOSEN_FILE, POOL_FOLDER = "select.json", "chosen.jsonl", "pool"
 KEEP = 0.05
 # Candidates of a diverse choice, for each document that is kept: similarity comes first.
-CANDIDATES = 4
+CANDIDATES = 2
 # Latents named for each document, and in all.
 CAUSES, LATENTS = 5, 25
 # Documents on the page: the best, and those around the limit of the choice.
@@ -152,7 +152,7 @@ def select(
     windows = list(own.windows())
     if not windows:
         raise ValueError(f"--like: expected examples with tokens in {like}, got none.")
-    examples = together(windows)
+    examples = joined_documents(windows)
     return _Selection(asked, opened, subject, stored, examples, target, (str(pool), str(like))).written()
 
 
@@ -211,13 +211,12 @@ class _Selection:
 
     def _diversify(self) -> None:
         candidates = self.ranked["latents"][: CANDIDATES * self.count]
-        rows = self._rows(candidates).units["latents"]
-        weights = self.prototype / self.prototype.sum()
-        order = greedy_cover(rows, weights, self.count)
+        rows = contributions_to_minimum(self._rows(candidates).units["latents"], self.prototype)
+        order = greedy_cover(rows, self.count)
         self.cover = {
             "candidates": len(candidates),
-            "coverage": coverage(rows, weights, order),
-            "coverage_of_best": coverage(rows, weights, np.arange(min(self.count, len(candidates)))),
+            "coverage": coverage(rows, self.prototype, order),
+            "coverage_of_best": coverage(rows, self.prototype, np.arange(min(self.count, len(candidates)))),
         }
         self.chosen = candidates[order]
 
@@ -231,7 +230,7 @@ class _Selection:
                 parts.append((here, part.rows(wanted[here] - first)))
             first += len(part)
         order = np.argsort(np.concatenate([here for here, _ in parts]), kind="stable")
-        return together([rows for _, rows in parts]).rows(order)
+        return joined_documents([rows for _, rows in parts]).rows(order)
 
     def written(self) -> Report:
         asked, dictionary = self.asked, self.subject.dictionary

@@ -44,10 +44,10 @@ class PoolStatistics:
         return cls(count, activation / count, documents, words / count)
 
 
-def jaccard(rows: SparseRows, prototype: Float[np.ndarray, " entries"]) -> Float[np.ndarray, " documents"]:
+def generalised_jaccard(rows: SparseRows, prototype: Float[np.ndarray, " entries"]) -> Float[np.ndarray, " documents"]:
     """Return the generalised Jaccard similarity of non-negative rows and a prototype: 1 if they are equal, 0 if disjoint.
 
-    >>> jaccard(sparse.csr_array(np.array([[2.0, 0, 1], [2, 1, 0], [0, 0, 0]])), np.array([2.0, 1, 0])).tolist()
+    >>> generalised_jaccard(sparse.csr_array(np.array([[2.0, 0, 1], [2, 1, 0], [0, 0, 0]])), np.array([2.0, 1, 0])).tolist()
     [0.5, 1.0, 0.0]
     """
     least = contributions_to_minimum(rows, prototype)
@@ -91,7 +91,7 @@ def similarities(examples: PooledDocuments, pool: PoolStatistics) -> dict[str, S
 
 
 def _by_units(name: str, prototype: np.ndarray) -> Similarity:
-    return lambda some: jaccard(some.units[name], prototype)
+    return lambda some: generalised_jaccard(some.units[name], prototype)
 
 
 def _by_activation(examples: PooledDocuments, pool: PoolStatistics) -> Similarity:

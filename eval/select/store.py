@@ -12,7 +12,7 @@ from scipy import sparse
 
 from ...sae.files import read_json, read_tensors, write_json, write_tensors, write_text
 from ...training.stages import stage
-from .pooled import WORDS, PooledDocuments, PoolReader, Vocabulary, together, with_words
+from .pooled import WORDS, PooledDocuments, PoolReader, Vocabulary, joined_documents, with_words
 
 POOL_VERSION = 1
 SHARD_DOCUMENTS = 4096
@@ -71,7 +71,7 @@ def store_pool(folder: Path, key: Mapping[str, Any], reader: PoolReader, total: 
 
     def write() -> None:
         nonlocal shards
-        _write_shard(_shard(folder, shards), together(pending))
+        _write_shard(_shard(folder, shards), joined_documents(pending))
         pending.clear()
         shards += 1
 

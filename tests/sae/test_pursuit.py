@@ -14,7 +14,7 @@ from sparsary.sae.pursuit import (
     gram_is_cheaper,
     matching_pursuit,
     orthogonal_matching_pursuit,
-    select,
+    selected_atoms,
 )
 from sparsary.sae.sparse_ops import decode
 
@@ -76,7 +76,7 @@ def errors(code, x, atoms):
 def test_each_step_takes_the_best_atom_and_removes_its_component(use_gram):
     # Three blocks of the search for the best, the last one not full.
     x, atoms = problem(n_latents=307)
-    latents, values = select(x, atoms, K, 0.0, use_gram)
+    latents, values = selected_atoms(x, atoms, K, 0.0, use_gram)
     residual = x
     for latent, value in zip(latents.T, values.T, strict=True):
         best = (residual @ atoms.T).max(1)
@@ -107,7 +107,7 @@ def test_reconstruction_plus_residual_is_the_input():
 @pytest.mark.parametrize("tolerance", [0.0, 0.6])
 def test_gram_equals_naive_in_float32(tolerance):
     x, atoms = (tensor.float() for tensor in problem(tokens=257, n_latents=131))
-    (latents, values), (expected_latents, expected_values) = (select(x, atoms, K, tolerance, g) for g in (True, False))
+    (latents, values), (expected_latents, expected_values) = (selected_atoms(x, atoms, K, tolerance, g) for g in (True, False))
     assert torch.equal(latents, expected_latents)
     torch.testing.assert_close(values, expected_values)
 
@@ -180,10 +180,10 @@ def test_more_steps_leave_less_error(method):
 def test_tolerance_stops_each_token_when_its_own_residual_is_small(use_gram, steps):
     x, atoms = problem()
     x[2] = 3.0 * atoms[5] + 1e-3 * x[2]
-    full_latents, full_values = select(x, atoms, steps, 0.0, use_gram)
+    full_latents, full_values = selected_atoms(x, atoms, steps, 0.0, use_gram)
     residuals = unrolled(x, atoms, full_latents, full_values > 0)[1][:-1]
     live = torch.stack([r.norm(dim=1) > 0.3 * x.norm(dim=1) for r in residuals], 1)
-    latents, values = select(x, atoms, steps, 0.3, use_gram)
+    latents, values = selected_atoms(x, atoms, steps, 0.3, use_gram)
     assert live[2].sum() == 1
     assert len(set(live.sum(1).tolist())) > 2
     torch.testing.assert_close(values, full_values.where(live, 0))
@@ -290,7 +290,7 @@ def test_compiled_equals_plain(n_latents, dtype, tolerance, use_gram):
         with pytest.MonkeyPatch.context() as patch:
             if not has_compiler:
                 plain(patch)
-            latents, values = select(x, atoms, 23, tolerance, use_gram)
+            latents, values = selected_atoms(x, atoms, 23, tolerance, use_gram)
             code = pursuit._PursuitValues.apply(x, atoms, latents, values)
             weight = torch.linspace(-1.0, 1.0, code.numel(), dtype=dtype).view_as(code)
             found.append([latents, values, *torch.autograd.grad((code * weight).sum(), [x, atoms])])
@@ -339,7 +339,7 @@ def test_a_token_that_is_no_number_is_silent_and_alone():
 @pytest.mark.usefixtures("compiled_only")
 def test_gradients_are_the_same_for_every_number_of_threads(monkeypatch):
     x, atoms = problem(tokens=101, d=257)
-    latents, values = select(x, atoms, K, 0.0, True)
+    latents, values = selected_atoms(x, atoms, K, 0.0, True)
     dv, found = torch.randn_like(values), []
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

@@ -11,9 +11,9 @@ from scipy import sparse
 
 import sparsary
 from sparsary.eval.select.cover import coverage, greedy_cover
-from sparsary.eval.select.pooled import PooledDocuments, PoolReader, Vocabulary, together
+from sparsary.eval.select.pooled import PooledDocuments, PoolReader, Vocabulary, joined_documents
 from sparsary.eval.select.run import select_summary, select_table
-from sparsary.eval.select.similarity import PoolStatistics, contributions, jaccard, similarities
+from sparsary.eval.select.similarity import PoolStatistics, contributions, generalised_jaccard, similarities
 from sparsary.eval.select.store import stored_pool
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.embedded.corpus import TASKS, DocumentChoices, FilledPassage, embedded_document, join
@@ -81,17 +81,19 @@ def test_jaccard_is_the_sum_of_its_parts_and_that_of_its_definition():
     prototype = generator.random(11) * (generator.random(11) < 0.7)
     expected = np.minimum(dense, prototype).sum(1) / np.maximum(dense, prototype).sum(1)
     rows = sparse.csr_array(dense)
-    assert jaccard(rows, prototype) == pytest.approx(expected)
+    assert generalised_jaccard(rows, prototype) == pytest.approx(expected)
     assert np.asarray(contributions(rows, prototype).sum(1)).ravel() == pytest.approx(expected)
 
 
 def test_a_cover_takes_what_is_new_and_begins_anew():
-    rows = sparse.csr_array(np.array([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0.0]]))
-    weights = np.array([3.0, 2, 1, 1.5, 4])
-    order = greedy_cover(rows, weights, 4)
-    assert order.tolist() == [0, 2, 1, 3]
-    assert coverage(rows, weights, order[:2]) == pytest.approx(7.5 / 11.5)
-    assert coverage(rows, weights, [0, 1]) == pytest.approx(6 / 11.5)
+    rows = sparse.csr_array(np.array([[3, 2, 1, 0, 0], [2.5, 2, 0, 0, 0], [0, 0, 0, 1.5, 0], [0, 0, 2, 1, 0.0]]))
+    prototype = np.array([3.0, 2, 2, 1.5, 4])
+    order = greedy_cover(rows, 4)
+    # The fourth adds 1 + 1, the third then only 0.5, and nothing is left for the second but a new beginning.
+    assert order.tolist() == [0, 3, 2, 1]
+    assert coverage(rows, prototype, order[:2]) == pytest.approx(8 / 12.5)
+    assert coverage(rows, prototype, [0, 1]) == pytest.approx(6 / 12.5)
+    assert greedy_cover(rows[[0, 0, 2]], 3).tolist() == [0, 2, 1]
 
 
 def test_word_scores_are_scikit_learns_and_bm25_by_hand(files):
@@ -132,7 +134,7 @@ def test_pooled_codes_are_those_of_each_document_alone(files, embedded_model, po
     subject = probe_target(sae, embedded_model, ABOUT | {"harvest": {"exclude_leading": 1}})
     text = TextSection(source="files", files=(files["pool"],), packing="separate", context_length=32)
     reader = PoolReader(subject, text, pooling, Vocabulary(), True, 10_000)
-    pooled = together(list(reader.windows()))
+    pooled = joined_documents(list(reader.windows()))
     assert len(pooled) == 26
     assert reader.skipped == ["lines that are no JSON object with the key 'text': 2"]
     bos = embedded_model.tokenizer.bos_token_id
