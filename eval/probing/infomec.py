@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
-from scipy.special import xlogy
+from scipy.special import log_softmax, xlogy
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -266,15 +266,19 @@ def _explicitness(x: ProbeInputs, source: Source, fitted: np.ndarray, generator:
         warnings.simplefilter("ignore", ConvergenceWarning)
         for penalty in PENALTIES:
             probe.set_params(C=penalty).fit(fit, y[inner])
-            loss = _cross_entropy(probe, choose, y[chosen])
+            loss = probe_cross_entropy(probe, choose, y[chosen])
             if loss < best:
-                best, least = loss, _cross_entropy(probe, judge, y[rows[1]])
+                best, least = loss, probe_cross_entropy(probe, judge, y[rows[1]])
     entropy = _entropy(np.bincount(y[rows[1]]))
     return float(np.clip(1 - least / entropy, 0, 1))
 
 
-def _cross_entropy(probe: LogisticRegression, x: Any, y: np.ndarray) -> float:
-    return float(-probe.predict_log_proba(x)[np.arange(len(y)), y].mean())
+def probe_cross_entropy(probe: LogisticRegression, x: Any, y: np.ndarray) -> float:
+    """Return the mean cross-entropy of classes 0, 1, ... in nats; finite where a probability underflows to zero."""
+    scores = probe.decision_function(x)
+    if scores.ndim == 1:
+        scores = np.stack([np.zeros_like(scores), scores], axis=1)
+    return float(-log_softmax(scores, axis=1)[np.arange(len(y)), y].mean())
 
 
 def infomec_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from faults import CLEAR, LOST, RIGHT, WRONG, choose
-
 from runs import Workshop
 
 WORDS = (RIGHT, CLEAR, LOST, WRONG)

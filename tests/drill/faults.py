@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 from ranks import Sabotage
-
 from runs import (
     DICTIONARY,
     RECIPE,

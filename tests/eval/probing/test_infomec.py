@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 
 from sparsary.eval.probing.datasets import Tokens
 from sparsary.eval.probing.factor_file import read_factors, tokens_of_file, value_names
-from sparsary.eval.probing.infomec import infomec, infomec_table
+from sparsary.eval.probing.infomec import infomec, infomec_table, probe_cross_entropy
 from sparsary.eval.probing.subject import probe_target
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
@@ -70,6 +71,18 @@ def test_latents_that_fire_at_random_are_below_the_floor(planted):
     assert sum(row["latent"] is None for row in rows) >= 3
     silent, _ = scored(planted, np.zeros((TOKENS, 5)))
     assert (silent["infomec_modularity"], silent["infomec_latents"]) == (0, 0)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_cross_entropy_is_finite_where_a_probability_underflows(n_classes):
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % n_classes
+    x = np.eye(n_classes)[y] + 0.3 * rng.standard_normal((60, n_classes))
+    probe = LogisticRegression().fit(x, y)
+    assert probe_cross_entropy(probe, x, y) == pytest.approx(-probe.predict_log_proba(x)[np.arange(60), y].mean())
+    # As far on the wrong side as no float64 probability goes.
+    far = -1e4 * (np.eye(n_classes)[[0]] - np.eye(n_classes)[[1]])
+    assert 1e3 < probe_cross_entropy(probe, far, np.array([0])) < np.inf
 
 
 def test_one_factor_is_too_few(planted):

@@ -73,6 +73,8 @@ def test_the_classifier_judges_pieces_and_not_empty_ones():
     assert classifier.accuracy > 0.95
     pieces = torch.tensor([a[0][:10], b[0][:10], [0] * 10])
     assert classifier.judges(pieces).tolist() == [True, False, False]
+    other = TokenClassifier.fitted((b[:10], a[:10]), (b[10:], a[10:]), 10, special=[0, 1], vocabulary=10)
+    assert other.judges(pieces).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("context", [16, 64, 128, 4096])
