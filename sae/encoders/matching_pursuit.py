@@ -14,26 +14,25 @@ from ..sparse_code import SparseCode
 class MatchingPursuit(Encoder):
     """Encoder that selects the direction best correlated with the residual and subtracts its projection, ``k`` times.
 
-    The values of a latent selected repeatedly are added. In an SAE, encoder and decoder are one matrix. Its rows start at norm
-    1 and are then free, unless ``unit_norm``: a shorter one is selected less readily and subtracted by less than its
-    projection, which on the embedded model lowers the error by a tenth. In a dictionary with different inputs and outputs, the
-    pursuit uses the rows of ``W_enc``, normalized here. A token stops early once its residual's norm is at most ``tolerance``
-    times the input's. ``k`` and ``tolerance`` may be changed on a trained dictionary, and its error falls with every further
-    step as long as norms are below sqrt(2). ``k`` counts steps: with repeats the L0 is smaller. Source: Costa et al. 2025,
-    arXiv:2506.03093, with rows of norm 1; free norms are those of SAELens.
+    The values of a latent selected repeatedly are added. In an SAE, encoder and decoder are one matrix. Its rows have norm
+    1, or start so and are then free (``unit_norm=False``, as SAELens trains): a shorter one is selected less readily and
+    subtracted by less than its projection. In a dictionary with different inputs and outputs, the pursuit uses the rows of
+    ``W_enc``, normalized here. A token stops early once its residual's norm is at most ``tolerance`` times the input's. ``k``
+    and ``tolerance`` may be changed on a trained dictionary, and its error falls with every further step as long as norms are
+    below sqrt(2). ``k`` counts steps: with repeats the L0 is smaller. Source: Costa et al. 2025, arXiv:2506.03093.
 
     Args:
         k: Steps of the pursuit per token.
         tolerance: Residual norm, as a fraction of the input's, at which a token stops early.
-        unit_norm: Keep decoder directions at norm 1 in training; a step then removes the whole projection. Planted features are
-            recovered better so, though the error is higher.
+        unit_norm: Keep decoder directions at norm 1 in training; a step then removes the whole projection. Free norms lower the
+            error by 3 to 10 %, but recover planted features worse (docs/peers.md).
     """
 
     tied = True
     linear = False
     undivided = "every latent it chooses changes the scores of all others for the next"
 
-    def __init__(self, k: int, tolerance: int | float = 0.0, unit_norm: bool = False):
+    def __init__(self, k: int, tolerance: int | float = 0.0, unit_norm: bool = True):
         super().__init__()
         require_argument("k", k, 1, fix="Set the number of pursuit steps.")
         require_argument("tolerance", tolerance, 0.0, 1.0, fix="It is a share of the input's norm; 0 never stops early.")
@@ -42,7 +41,7 @@ class MatchingPursuit(Encoder):
 
     def arguments(self) -> dict[str, Any]:
         # Stored only if not the default: it concerns training alone, and most checkpoints are of other programs.
-        return {name: value for name, value in super().arguments().items() if value or name != "unit_norm"}
+        return {name: value for name, value in super().arguments().items() if name != "unit_norm" or not value}
 
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None

@@ -19,7 +19,7 @@ from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
 from ..one_site import OneSiteDictionary
 from .canonical import ActivationFn, CanonicalCrosscoder, CanonicalCrossLayer, CanonicalSAE
-from .folding import equal_norms, fold_b_in, fold_norm_into_threshold, fold_norms, wide
+from .folding import EQUAL, equal_norms, fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
 
 
 def to_dictionary(
@@ -117,7 +117,8 @@ def _pursuit(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     if n.W_enc is not None or (gate.residual_norm == 0 and not gate.stop_on_repeat):
         # Preferred: compiled, and differentiable through all steps.
-        return {"name": "matching_pursuit", "k": gate.k, "tolerance": gate.tolerance}
+        unit = bool(((norms_of(n.W_dec) - 1).abs() < EQUAL).all())
+        return {"name": "matching_pursuit", "k": gate.k, "tolerance": gate.tolerance} | ({} if unit else {"unit_norm": False})
     rules = {"residual_norm": gate.residual_norm, "stop_on_repeat": gate.stop_on_repeat}
     return {"name": "residual_pursuit", "max_steps": gate.k} | rules
 

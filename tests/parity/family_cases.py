@@ -118,6 +118,9 @@ class OfModel(Case):
         path = f"transcoders/{self.recipes}/{of_mlps[family]}" if family in of_mlps else f"{self.recipes}/{family}"
         file = ROOT / "recipes" / f"{path}.yaml"
         overrides: dict[str, Any] = {"dictionary.n_latents": self.n_latents}
+        if family == "matching_pursuit":
+            # As SAELens trains.
+            overrides["dictionary.encoder.unit_norm"] = False
         if family not in TRANSCODERS:
             overrides["harvest.gradients"] = False
         recipe = load_recipe(file, overrides | _budget(load_recipe(file, overrides).dictionary.encoder, knob))

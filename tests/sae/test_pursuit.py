@@ -194,7 +194,7 @@ def test_tolerance_stops_each_token_when_its_own_residual_is_small(use_gram, ste
 def test_atoms_of_any_norm_are_selected_and_subtracted_with_their_norm(use_gram):
     x, atoms = problem()
     atoms = atoms * torch.linspace(0.7, 1.2, LATENTS, dtype=atoms.dtype)[:, None]
-    latents, values = select(x, atoms, K, 0.0, use_gram)
+    latents, values = selected_atoms(x, atoms, K, 0.0, use_gram)
     residual = x
     for latent, value in zip(latents.T, values.T, strict=True):
         best = (residual @ atoms.T).max(1)

@@ -67,7 +67,7 @@ def test_fewer_samples_than_latents_give_distinct_atoms():
 
 def test_a_pursuit_starts_at_norm_1_from_data_of_any_size():
     rows = 50 * torch.randn(200, 7) + 400
-    sae = SAE(7, 31, ENCODERS["matching_pursuit"](k=12))
+    sae = SAE(7, 31, ENCODERS["matching_pursuit"](k=12, unit_norm=False))
     initialize(sae, ActivationBatch(rows), moments_of(rows), moments_of(rows), "scale", "data")
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(31))
     assert float((sae(rows) - rows).pow(2).sum().detach()) < float((rows - rows.mean(0)).pow(2).sum())

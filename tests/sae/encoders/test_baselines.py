@@ -512,10 +512,10 @@ def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path, assert
 
 
 @pytest.mark.parametrize("unit_norm", [False, True])
-def test_norms_of_a_pursuit_are_free_unless_asked_for(tmp_path, unit_norm):
+def test_norms_of_a_pursuit_are_free_if_asked_for(tmp_path, unit_norm):
     sae = SAE(D, LATENTS, MatchingPursuit(3, unit_norm=unit_norm))
     assert sae.arguments()["encoder"] == {"name": "matching_pursuit", "k": 3, "tolerance": 0.0} | (
-        {"unit_norm": True} if unit_norm else {}
+        {} if unit_norm else {"unit_norm": False}
     )
     with torch.no_grad():
         sae.W_dec.mul_(0.8)
