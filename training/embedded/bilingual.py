@@ -61,7 +61,7 @@ def bilingual_document(seed: int, index: int, split: str = "train", language: st
     """Return document ``index`` of the bilingual corpus, deterministic; ``language`` overrides the one that is drawn.
 
     >>> bilingual_document(0, 2, language="second").text[:41]
-    'Theu trialu lastedu fromu theu yearu 1377'
+    'Afterwardsu, Franku andu Danielu hadu au '
     """
     draw = Random(f"bilingual/{seed}/{split}/{index}")
     numbers, second = draw.random() < NUMBERS_SHARE, draw.random() < SECOND_SHARE
