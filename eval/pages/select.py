@@ -179,7 +179,7 @@ def _scores(ax: Axes, found: Mapping[str, Any]) -> str:
     ax.plot(examples, [0.5] * len(examples), "|", color=WARN, markersize=13, label=f"examples ({len(examples)})")
     ax.axvline(limit, color=MUTED, linestyle="--", linewidth=1.2, label=f"last chosen {show(limit, digits=3)}")
     ax.set(xlabel="similarity to the examples", ylabel="documents", ylim=(0, max(counts) * 4))
-    ax.legend(loc="upper left")
+    ax.legend(loc="upper right")
     ends = [show(each, digits=3) for each in (edges[0], edges[-1], limit, examples[0], examples[-1])]
     return (
         f"Histogram of similarities: {show(sum(counts))} documents from {ends[0]} to {ends[1]}, the last chosen at {ends[2]}; "

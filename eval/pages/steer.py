@@ -280,6 +280,7 @@ def _front(ax: Axes, found: Found) -> str | None:
     ax.axvline(found["most_kl"], color=MUTED, linestyle="--", linewidth=1)
     ax.set_xscale("log")
     plain_log_ticks(ax.xaxis)
+    plain_log_ticks(ax.xaxis)
     ax.set(xlabel="KL divergence on neutral text, nats per token", ylabel="continuations steered", ylim=(-0.03, 1.03))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
     return "Share of continuations steered, by strength: " + ", ".join(words) + "."

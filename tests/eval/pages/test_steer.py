@@ -116,6 +116,7 @@ def test_the_page_shows_edits_latents_and_samples(values):
     assert "<i>a" not in html
     assert 'href="../features/features.html#17"' in html
     assert html.count("<svg") == html.count("</svg>") == 4
+    assert "mathdefault" not in html
     assert render_steer(values, "../features/features.html") == html
 
 
