@@ -164,7 +164,8 @@ def _text_of(source: Mapping[str, Any], place: str | Path, column: str, option: 
     try:
         listed_files(text)
     except ValueError as error:
-        raise ValueError(str(error).replace("text.files", option, 1)) from None
+        message = str(error).replace("text.files", option, 1).replace(", or set text.source: embedded", "")
+        raise ValueError(message) from None
     return text
 
 

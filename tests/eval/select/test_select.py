@@ -217,7 +217,7 @@ def test_the_pool_is_read_once_for_several_examples(files, found, tmp_path, monk
         ({"keep": 0}, "--keep: expected a share below 1 or a number of documents, got 0"),
         ({"keep": 1000}, "--keep: expected at most 26, the documents of the pool, got 1,000"),
         ({"by": "latent"}, "--by: expected one of .* got 'latent'. Did you mean 'latents'"),
-        ({"pool": "none.jsonl"}, "--pool: none.jsonl does not exist"),
+        ({"pool": "none.jsonl"}, "--pool: none.jsonl does not exist. Give an existing path.$"),
         ({"like": "none.xyz"}, "--like: expected .txt, .json, .jsonl, .parquet, got none.xyz"),
         ({"column": "words"}, "expected a JSON object with the key 'words'"),
         ({"truth": "task=none"}, "--truth: expected documents of the pool with task = none, got none. Keys: id, task, text"),
