@@ -386,7 +386,7 @@ def saebench_absorption(given: Given) -> dict[str, Any]:
 
 
 class AbsorptionRecord:
-    """What SAEBench's absorption scored, by word: activation and letter; by letter: the probe and the latents found."""
+    """Words that SAEBench's absorption scored, with activation and letter, and the probe and latents found for each letter."""
 
     def __init__(self) -> None:
         self.x: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What ``model`` of a recipe names: configuration, tokenizer and content. The only file that imports transformers."""
+"""Configuration, tokenizer and content of the model that a recipe names. The only file that imports transformers."""
 
 import importlib.util
 import json
