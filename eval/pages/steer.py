@@ -101,7 +101,7 @@ def render_steer(found: Found, features: str | None = None) -> str:
             ),
             plot_card(
                 "Selectivity of latents",
-                "AUROC of the largest activation in a document, on the reporting halves. Silent latents are left out.",
+                f"AUROC of the {pooled_words(found)}, on the reporting halves. Silent latents are left out.",
                 lambda ax: bars(ax, found["selectivity"], (0.0, 1.0), "AUROC"),
                 SIZE,
             ),
@@ -115,6 +115,7 @@ def render_steer(found: Found, features: str | None = None) -> str:
         rows=edit_rows(found),
         most_kl=show(found["most_kl"]),
         lengths=lengths,
+        pooled=pooled_words(found),
         selective=found["most_selective"],
         directions=found["directions"],
         latents=latents,
@@ -129,6 +130,12 @@ def render_steer(found: Found, features: str | None = None) -> str:
 def neutral_words(found: Found) -> str:
     """Return the text on which the cost is measured."""
     return found["neutral"] or f"{found['towards']} (no neutral text was given)"
+
+
+def pooled_words(found: Found) -> str:
+    """Return the value whose AUROC is a latent's selectivity."""
+    kind = "mean" if found["pooling"] == "mean" else "largest"
+    return f"{kind} activation over {found['lengths']['piece']} tokens"
 
 
 def groups_of(found: Found) -> dict[str, list[dict[str, Any]]]:
@@ -279,7 +286,6 @@ def _front(ax: Axes, found: Found) -> str | None:
             words.append(f"{label} from {show(y[0], digits=3)} to {show(y[-1], digits=3)}")
     ax.axvline(found["most_kl"], color=MUTED, linestyle="--", linewidth=1)
     ax.set_xscale("log")
-    plain_log_ticks(ax.xaxis)
     plain_log_ticks(ax.xaxis)
     ax.set(xlabel="KL divergence on neutral text, nats per token", ylabel="continuations steered", ylim=(-0.03, 1.03))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
