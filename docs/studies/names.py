@@ -7,6 +7,7 @@ trained on 6,000 images of concepts that are not orthogonal. Writes docs/results
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def figures(run: Path, concepts: np.ndarray, words: Path, seed: int) -> dict[str
     """Return the figures of one SAE, whose latents are matched one to one with the concepts by the cosines of directions.
 
     ``right`` is the share of matched latents with their concept's name, ``right_above_floor`` the share that is above the floor
-    besides; ``others_above_floor`` is the share of the other latents above the floor.
+    besides; ``others_above_floor`` is the share of the other latents above the floor. ``recall_zeroed`` is the largest recall
+    that a class keeps without its strongest concept, ``others_zeroed`` the smallest that the others then have.
     """
     cosines = sparsary.load(run).atoms.detach().numpy() @ concepts.T
     latents, matched = linear_sum_assignment(-cosines)
@@ -35,6 +37,9 @@ def figures(run: Path, concepts: np.ndarray, words: Path, seed: int) -> dict[str
     above = np.array([row["above_floor"] for row in own])
     others = [row["above_floor"] for latent, row in enumerate(rows) if latent not in set(latents)]
     report = sparsary.probe(run, tasks=["bottleneck"], seed=seed).report
+    lines = (run / "probing" / "bottleneck.jsonl").read_text(encoding="utf-8").splitlines()
+    # The other class is the absence of all concepts.
+    classes = [row for line in lines if (row := json.loads(line))["class"] != "none"]
     return {
         "latents": len(rows),
         "right": float(right.mean()),
@@ -44,6 +49,8 @@ def figures(run: Path, concepts: np.ndarray, words: Path, seed: int) -> dict[str
         "matched_cosine": float(cosines[latents, matched].mean()),
         "bottleneck_accuracy": report["bottleneck_accuracy"],
         "dense_accuracy": report["bottleneck_dense_accuracy"],
+        "recall_zeroed": max(row["recall_zeroed"] for row in classes),
+        "others_zeroed": min(row["others_zeroed"] for row in classes),
     }
 
 
