@@ -131,6 +131,7 @@ def steer(
         "strengths": list(strengths),
         "latents_asked": latents,
         "most_kl": most_kl,
+        "documents_asked": documents,
         "pooling": pooling,
         "seed": seed,
     }

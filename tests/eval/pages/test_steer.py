@@ -56,6 +56,7 @@ FOUND = {
     "strengths": [1.0, 2.0],
     "latents_asked": 10,
     "most_kl": 0.05,
+    "documents_asked": 400,
     "pooling": "mean",
     "seed": 3,
     "documents": {"towards": 400, "from": 400},
