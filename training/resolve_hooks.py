@@ -16,14 +16,14 @@ from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .activations.vector_files import VectorFiles
 from .content import Content
-from .mlp_start import mlp_source
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
 from .recipe.hook_names import theirs, unharvested
 from .recipe.schema import MLP_START
-from .start_source import StartSource, read_start, with_start
 from .transformer_lens_hooks import hooks_named, with_module_hooks
+from .warm_start.mlp import mlp_source
+from .warm_start.source import StartSource, read_start, with_start
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.

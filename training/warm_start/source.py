@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..sae import SparseDictionary
-from ..sae.encoders import ENCODERS, encoder_spec
-from ..sae.files import read_text
-from ..transcoders.cross_layer import CrossLayerTranscoder
-from ..transcoders.load import OWN, CheckpointOptions, find
-from ..transcoders.stack import hooks_of_provenance
-from .activations.stream import ActivationBatch
-from .checkpoints import RECIPE_FILE
-from .content import Content, file_digest
-from .recipe import DictionarySection, Recipe, check_recipe, parse_yaml
-from .recipe.encoder_checks import missing_budget
-from .recipe.validation import check_together
-from .state import STATE_FILE
+from ...sae import SparseDictionary
+from ...sae.encoders import ENCODERS, encoder_spec
+from ...sae.files import read_text
+from ...transcoders.cross_layer import CrossLayerTranscoder
+from ...transcoders.load import OWN, CheckpointOptions, find
+from ...transcoders.stack import hooks_of_provenance
+from ..activations.stream import ActivationBatch
+from ..checkpoints import RECIPE_FILE
+from ..content import Content, file_digest
+from ..recipe import DictionarySection, Recipe, check_recipe, parse_yaml
+from ..recipe.encoder_checks import missing_budget
+from ..recipe.validation import check_together
+from ..state import STATE_FILE
 
 # Encoders that reproduce published dictionaries, and the trainable encoder with the same rule of selection.
 TRAINABLE = {"threshold": "jumprelu", "residual_pursuit": "matching_pursuit"}
