@@ -1,7 +1,7 @@
 """The dictionary that a run with a start begins with, and the record of its start."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...sae import SparseDictionary
@@ -10,6 +10,7 @@ from ...sae.metrics import Moments
 from ..activations.stream import ActivationBatch, ActivationStream
 from ..recipe import Recipe
 from ..recipe.encoder_checks import with_budget
+from .alignment import aligned
 from .judge import Usage, figures, judged_on, told
 from .source import StartSource
 from .take_over import TakeOver
@@ -49,6 +50,10 @@ def warm_start(
     section = recipe.dictionary
     source.require_fit(section, widths)
     source = source.fitted(sample)
+    read, found = source.dictionary, None
+    if source.alignment is not None:
+        found = aligned(source.alignment, read, recipe, stream)
+        source = replace(source, dictionary=found.dictionary)
     usage = Usage.of(source.dictionary, sample.x)
     completed = with_budget(section.known_encoder, usage.l0 / source.dictionary.n_sites)
     recipe = recipe.model_copy(update={"dictionary": section.model_copy(update={"encoder": completed})})
@@ -64,10 +69,12 @@ def warm_start(
         "changes": taken.changes,
         "judged_on": split,
         "judged_tokens": len(judged.x),
-        "as_read": figures(source.dictionary, judged),
+        "as_read": figures(read, judged),
         "before": figures(dictionary, judged),
-    }
+    } | ({} if found is None else {"alignment": found.record})
     log.info("%s: starts from %s.", recipe.out_dir, source.words(section))
+    if found is not None:
+        log.info("%s: %s.", recipe.out_dir, found.words())
     for line in taken.changes:
         log.warning("%s: %s.", recipe.out_dir, line)
     log.info("%s: before training: %s", recipe.out_dir, told(record, "before"))

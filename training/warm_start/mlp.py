@@ -22,7 +22,7 @@ from ..activations.model import LanguageModel
 from ..activations.sites import MLP_PROJECTION
 from ..activations.stream import ActivationBatch
 from ..recipe import DictionarySection
-from ..recipe.schema import MLP_START
+from ..recipe.start_schema import MLP_START
 from .source import StartSource, require_kind
 
 # Tokens on which neurons are fitted, and tokens that pass through the MLP at once.

@@ -1,7 +1,7 @@
 """Saved dictionary that a run starts from (``dictionary.start``), and the keys that a recipe takes over from it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..recipe import DictionarySection, Recipe, check_recipe, parse_yaml
 from ..recipe.encoder_checks import missing_budget
 from ..recipe.validation import check_together
 from ..state import STATE_FILE
+from .alignment import Alignment
 
 # Encoders that reproduce published dictionaries, and the trainable encoder with the same rule of selection.
 TRAINABLE = {"threshold": "jumprelu", "residual_pursuit": "matching_pursuit"}
@@ -37,6 +38,9 @@ class StartSource:
     evidence: str
     directory: Path
     files: tuple[Path, ...]
+    # The model as the files record it, with what else they say of it than its id.
+    recorded: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    alignment: Alignment | None = field(default=None, kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -104,6 +108,8 @@ class StartSource:
         if now != own:
             budget = missing_budget(now)
             words.append(f"now {_words(now)}{f', {budget} of the l0 on the initial sample' if budget else ''}")
+        if self.alignment is not None:
+            words.append(f"aligned by {self.alignment.place}, if that lowers its error")
         if self.dictionary.row_norm is not None:
             words.append(f"inputs normalized by {self.dictionary.row_norm}")
         return "; ".join(words)
@@ -177,6 +183,7 @@ def read_start(section: DictionarySection) -> StartSource:
         found.evidence,
         found.directory,
         found.files,
+        recorded=provenance.get("model") or {},
     )
     require_kind(source.place, source.kind, section.built_kind)
     return source
