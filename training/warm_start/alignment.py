@@ -5,8 +5,10 @@ that lowers the error, the dictionary stays as it was read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import torch
 
 from ...sae import SparseDictionary
 from ..activations.context_stream import ContextStream
@@ -18,7 +20,7 @@ from ..activations.stream import ActivationStream
 from ..activations.tensor_stream import TensorStream
 from ..processes import from_first, own_ranks
 from ..recipe import AlignSection, ModelSection, Recipe, TextSection
-from .judge import figures
+from .judge import ROWS, figures
 from .maps import SideMaps, fitted_regression, fitted_rotation, mapped
 from .pairs import (
     Pairs,
@@ -38,7 +40,14 @@ KEY = "dictionary.start.align"
 TOKENS, PER_DIMENSION, LEAST_PER_DIMENSION = 16_384, 4, 2
 # Share of the tokens that maps are judged on.
 JUDGED_SHARE = 0.25
-WORDS = {"none": "as read", "rotation": "behind a rotation and a scale", "regression": "behind regressions"}
+WORDS = {
+    "none": "as read",
+    "rotation": "by a rotation and a scale",
+    "rotation_regression": "with a rotation to read and a regression to write",
+    "regression": "by regressions",
+}
+# Share by which a regression must beat a rotation, which keeps the norms of decoder directions.
+MARGIN = 0.01
 # Keys of a recorded model that decide its activations. Its own Python code runs only if the recipe says so.
 RECORDED = ("id", "revision", "dtype", "quantization", "adapter", "adapter_mode")
 
@@ -203,7 +212,7 @@ class Aligned:
         """Return what was chosen, and by what error, as text."""
         record = self.record
         errors = ", ".join(f"{value:.4g} {WORDS[name]}" for name, value in record["fvu"].items())
-        chosen = "not aligned" if record["map"] == "none" else f"aligned by {record['by']}, {WORDS[record['map']]}"
+        chosen = "not aligned" if record["map"] == "none" else f"aligned to {record['by']} {WORDS[record['map']]}"
         sizes = f"fitted on {record['fitted_tokens']:,} tokens, judged on {record['judged_tokens']:,} others"
         return f"{chosen}: fvu {errors}; {sizes}"
 
@@ -226,17 +235,11 @@ def aligned(alignment: Alignment, dictionary: SparseDictionary, recipe: Recipe, 
         pairs = alignment.pairs(recipe, stream, wanted)
         batch, fitted = pairs.runs, _fitted_tokens(len(pairs), dictionary)
         _require_width(pairs, dictionary)
-        first = pairs.rows(slice(fitted))
-        # What a pursuit subtracts is reconstructed by what it reads with: only a rotation keeps both.
-        linear = dictionary.encoder.linear and not dictionary.encoder.tied
-        for name, fit in (("rotation", fitted_rotation), *([("regression", fitted_regression)] if linear else [])):
-            inputs = fit(first.own.x, first.runs.x)
-            target, runs_target = first.own.target, first.runs.target
-            maps[name] = (inputs, inputs if target is None or runs_target is None else fit(target, runs_target))
+        maps = _fitted_maps(dictionary, pairs.rows(slice(fitted)))
     judged = batch.rows(slice(fitted, None))
     found = {"none": dictionary} | {name: mapped(dictionary, *sides) for name, sides in maps.items()}
     errors = {name: figures(each.eval(), judged)["fvu"] for name, each in found.items()}
-    best = min(errors, key=lambda name: errors[name])
+    best = min(errors, key=lambda name: errors[name] * (1 + MARGIN * name.endswith("regression")))
     record = {
         "by": alignment.place,
         "map": best,
@@ -247,6 +250,27 @@ def aligned(alignment: Alignment, dictionary: SparseDictionary, recipe: Recipe, 
     }
     # Ranks may round differently.
     return from_first(own_ranks(), Aligned(found[best], record))
+
+
+def _fitted_maps(dictionary: SparseDictionary, pairs: Pairs) -> dict[str, tuple[SideMaps, SideMaps]]:
+    """Return the maps of inputs and outputs, fitted in several ways.
+
+    Regressions of outputs start from what the dictionary writes, not from its own activations: its errors count too.
+    """
+    x, targets = pairs.runs.x, pairs.runs.x if pairs.runs.target is None else pairs.runs.target
+    inputs = outputs = fitted_rotation(pairs.own.x, x)
+    if pairs.own.target is not None:
+        outputs = fitted_rotation(pairs.own.target, targets)
+    found = {"rotation": (inputs, outputs)}
+    if not dictionary.encoder.linear or dictionary.encoder.tied:
+        # What these subtract is reconstructed by what they read with: only a rotation keeps both.
+        return found
+    for name, back in (("rotation_regression", inputs.back), ("regression", fitted_regression(x, pairs.own.x))):
+        with torch.no_grad():
+            written = torch.cat([dictionary(back(rows)) for rows in x.split(ROWS)])
+        forward = fitted_regression(written, targets)
+        found[name] = replace(inputs, back=back), replace(outputs, forward=forward)
+    return found
 
 
 def _fitted_tokens(tokens: int, dictionary: SparseDictionary) -> int:

@@ -1,8 +1,9 @@
 """Linear maps between the activations that a dictionary was trained on and those of a run, and the dictionary behind a map.
 
-A map is fitted on pairs of activations of the same tokens, in two ways: as a rotation with one scale and a shift (orthogonal
-Procrustes; Schönemann 1966), or as two least-squares regressions, one in each direction. The first is folded into a dictionary
-exactly: its function is the old one in mapped coordinates, latents have the same values, and decoder directions the same norms.
+Maps are fitted on pairs of activations of the same tokens: a rotation with one scale and a shift (orthogonal Procrustes;
+Schönemann 1966), or least-squares regressions. A dictionary is read through a map back to its own activations, and writes
+through a map from them. If both are one rotation, its function is the old one in mapped coordinates: latents have the same
+values, and decoder directions the same norms.
 """
 
 import copy
@@ -16,7 +17,7 @@ from ...sae import SparseDictionary
 from ...sae.encoders.gated import Gated
 from ...transcoders import Transcoder
 
-# Ridge of the regressions, as a share of the mean variance per dimension.
+# Ridge of a regression, as a share of the mean variance per dimension.
 RIDGE = 1e-6
 
 
@@ -26,6 +27,10 @@ class AffineMap:
 
     matrix: Float[Tensor, "d_to d_from"]
     offset: Float[Tensor, " d_to"]
+
+    def __call__(self, x: Float[Tensor, "tokens d_from"]) -> Float[Tensor, "tokens d_to"]:
+        """Return the mapped rows, in their own precision."""
+        return (x.double() @ self.matrix.T + self.offset).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,9 @@ def rotation_maps(
     return SideMaps(AffineMap(there, runs_mean - there @ own_mean), AffineMap(back, own_mean - back @ runs_mean), scale)
 
 
-def fitted_regression(own: Float[Tensor, "tokens d"], runs: Float[Tensor, "tokens d"]) -> SideMaps:
-    """Return the least-squares maps of paired activations in each direction, which are inverses only of an exact linear map."""
-    own, runs = own.double(), runs.double()
-    scale = float((runs - runs.mean(0)).norm() / (own - own.mean(0)).norm())
-    return SideMaps(_regression(own, runs), _regression(runs, own), scale)
-
-
-def _regression(x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens d"]) -> AffineMap:
+def fitted_regression(x: Float[Tensor, "tokens d_from"], y: Float[Tensor, "tokens d_to"]) -> AffineMap:
+    """Return the affine map from ``x`` that predicts ``y`` best, by least squares with a small ridge."""
+    x, y = x.double(), y.double()
     means = x.mean(0), y.mean(0)
     x, y = x - means[0], y - means[1]
     gram = x.T @ x

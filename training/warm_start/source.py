@@ -134,6 +134,9 @@ class StartSource:
 
     def differences(self, recipe: Recipe) -> list[str]:
         """Return one line for each fact in which the recipe differs from what the files record: hooks and model."""
+        if self.alignment is not None:
+            # A map is there for them.
+            return []
         section, found = recipe.dictionary, []
         sides = list(zip(("reads", "writes"), self.hooks, (section.hooks_in, section.hooks_out), strict=True))
         # SAEs and crosscoders write what they read.
