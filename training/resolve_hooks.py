@@ -22,7 +22,7 @@ from .recipe.grid import told_together
 from .recipe.hook_names import theirs, unharvested
 from .recipe.start_schema import MLP_START
 from .transformer_lens_hooks import hooks_named, module_hook, with_module_hooks
-from .warm_start.alignment import Alignment, recorded_model, require_alignable
+from .warm_start.alignment import StartAlignment, recorded_model, require_alignable
 from .warm_start.mlp import mlp_source
 from .warm_start.source import StartSource, read_start, with_start
 
@@ -226,7 +226,7 @@ def _reader(recipe: Recipe, outline: ModelOutline) -> Callable[[DictionarySectio
 
 def _alignment(
     source: StartSource, align: AlignSection, section: DictionarySection, recipe: Recipe, outline: ModelOutline
-) -> Alignment:
+) -> StartAlignment:
     """Return the alignment of a start, by the model that its files record where the section names no source.
 
     Raises:
@@ -236,7 +236,7 @@ def _alignment(
     run_hooks = (section.hooks_in, section.hooks_out)
     # Names of vectors that are no model's say nothing.
     hooks = source.hooks if source.recorded and all(source.hooks) else run_hooks
-    found = Alignment(align, hooks, run_hooks, outline)
+    found = StartAlignment(align, hooks, run_hooks, outline)
     if align.store is not None or align.files or align.unpaired:
         return found
     model = None if align.model is None else ModelSection.model_validate(align.model.model_dump())

@@ -11,9 +11,9 @@ seeds with half the 95 % interval. Short runs take batches of 128 tokens and a r
 that way on the whole budget is the last row, as small batches alone make more steps of a budget. The drift is the same for all
 seeds, which draw the initial weights and the order of tokens.
 
-The old dictionary is also aligned before it is continued (``dictionary.start.align``): by 16,384 pairs of activations before and
-after the drift, and without pairs. ``--only aligned`` adds these arms to the figures in ``--out``, if the old dictionaries give
-the same errors there.
+The old dictionary is also aligned before it is continued (``dictionary.start.align``): by 16,384 pairs of activations before
+and after the drift, and without pairs. ``--only aligned`` adds these arms to the figures in ``--out``, if the old dictionaries
+give the same errors there.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import ModelOutline, resolve_recipe
 from sparsary.training.warm_start.maps import AffineMap, SideMaps, fitted_regression, fitted_rotation, mapped
-from sparsary.training.warm_start.pairs import matched
+from sparsary.training.warm_start.pairs import matched_pairs
 from sparsary.transcoders import Transcoder
 
 D, D_OUT, N, TOKENS = 16, 12, 40, 400
@@ -279,22 +279,24 @@ def test_rows_are_matched_by_document_and_position_and_other_texts_are_refused()
     sides = ((("a:out",), ("a:out",)), (("b:out",), ("b:out",)))
     second = HarvestedRows(labels, {"x:b:out": -places[:, None].float()})
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:150]
-    pairs = matched(first, second.select(order), sides, "here")
+    pairs = matched_pairs(first, second.select(order), sides, "here")
     assert len(pairs) == 150
     assert torch.equal(pairs.own.x, -pairs.runs.x)
     # Behind another context an activation is another one.
     shifted = HarvestedRows(labels | {"position": places % 10 + (places < 50)}, second.tensors)
-    assert len(matched(first, shifted, sides, "here")) == 150
+    assert len(matched_pairs(first, shifted, sides, "here")) == 150
     other = HarvestedRows(labels | {"token": (places + 1) % 7}, second.tensors)
     with pytest.raises(
         ValueError, match=r"here: expected the text and the tokenizer of the recipe, got other tokens at 200 of 200"
     ):
-        matched(first, other, sides, "here")
+        matched_pairs(first, other, sides, "here")
 
 
 def test_a_plan_says_by_what_it_is_aligned(values):
     member = resolve_recipe(check_recipe(values, "recipe"))
     lines = dict(preflight(member).lines(member))
+    # A map is there for the other hook.
+    assert "doubtful" not in lines
     assert lines["start"].endswith("topk, k 40; aligned by the model embedded, if that lowers its error")
 
 

@@ -28,7 +28,7 @@ from .pairs import (
     aligning_files,
     each_once,
     first_contexts,
-    matched,
+    matched_pairs,
     pairs_of_files,
     rows_of_model,
     rows_of_store,
@@ -64,7 +64,7 @@ class OutlinedModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Alignment:
+class StartAlignment:
     """Source of the map onto a run's activations: the recipe's section, and the models of the start and of the run.
 
     ``hooks`` are those that the start was trained on, in its own model, and ``run_hooks`` those of the recipe.
@@ -158,7 +158,7 @@ class Alignment:
             own, runs = (
                 rows_of_store(s, tokens, at) for s, at in zip((ActivationStore.open(store), stream.store), sides, strict=True)
             )
-            return matched(own, runs, sides, f"{KEY}.store").rows(slice(tokens))
+            return matched_pairs(own, runs, sides, f"{KEY}.store").rows(slice(tokens))
         model = _model_of(stream) or self.run.loaded_for(each_once(self.run_hooks))
         contexts = first_contexts(model, recipe, tokens)
         runs = rows_of_model(model, contexts, recipe, self.run_hooks)
@@ -169,7 +169,7 @@ class Alignment:
         else:
             assert self.own is not None
             own = rows_of_model(self.own.loaded_for(each_once(self.hooks)), contexts, recipe, self.hooks)
-        return matched(own, runs, sides, f"{KEY}.store").rows(slice(tokens))
+        return matched_pairs(own, runs, sides, f"{KEY}.store").rows(slice(tokens))
 
 
 def _model_of(stream: ActivationStream) -> LanguageModel | None:
@@ -217,7 +217,7 @@ class Aligned:
         return f"{chosen}: fvu {errors}; {sizes}"
 
 
-def aligned(alignment: Alignment, dictionary: SparseDictionary, recipe: Recipe, stream: ActivationStream) -> Aligned:
+def aligned(alignment: StartAlignment, dictionary: SparseDictionary, recipe: Recipe, stream: ActivationStream) -> Aligned:
     """Return the dictionary aligned to a stream's activations, if that lowers its error on tokens that no map was fitted on.
 
     Raises:

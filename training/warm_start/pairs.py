@@ -85,7 +85,7 @@ def rows_of_store(store: ActivationStore, tokens: int, sides: Sides) -> Harveste
     return HarvestedRows({name: found.pop(name) for name in LABELS}, found)
 
 
-def matched(own: HarvestedRows, runs: HarvestedRows, sides: tuple[Sides, Sides], where: str) -> Pairs:
+def matched_pairs(own: HarvestedRows, runs: HarvestedRows, sides: tuple[Sides, Sides], where: str) -> Pairs:
     """Return the activations of the tokens that both hold, in the order of the text.
 
     Args:

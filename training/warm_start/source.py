@@ -18,7 +18,7 @@ from ..recipe import DictionarySection, Recipe, check_recipe, parse_yaml
 from ..recipe.encoder_checks import missing_budget
 from ..recipe.validation import check_together
 from ..state import STATE_FILE
-from .alignment import Alignment
+from .alignment import StartAlignment
 
 # Encoders that reproduce published dictionaries, and the trainable encoder with the same rule of selection.
 TRAINABLE = {"threshold": "jumprelu", "residual_pursuit": "matching_pursuit"}
@@ -40,7 +40,7 @@ class StartSource:
     files: tuple[Path, ...]
     # The model as the files record it, with what else they say of it than its id.
     recorded: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    alignment: Alignment | None = field(default=None, kw_only=True)
+    alignment: StartAlignment | None = field(default=None, kw_only=True)
 
     @property
     def kind(self) -> str:
