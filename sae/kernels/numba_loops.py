@@ -340,8 +340,8 @@ def _in_order(row, first, offset, floor, k, pool, names, size):
 def _keep_row(row, offset, best, hits, pool, names, kept, latents):
     """Merge the largest scores of ``row`` into ``kept``, and their positions plus ``offset`` into ``latents``.
 
-    Free places hold -inf. A score equal to the smallest kept is not inserted. A NaN in ``row`` makes all of ``kept`` NaN for good.
-    The other arrays are scratch: ``best`` and ``hits`` are as long as there are lanes, ``pool`` and ``names`` have two blocks
+    Free places hold -inf. A score equal to the smallest kept is not inserted. A NaN in ``row`` makes ``kept`` NaN for good. The
+    other arrays are scratch: ``best`` and ``hits`` are as long as there are lanes, ``pool`` and ``names`` have two blocks
     more than twice the length of ``kept``.
     """
     k, size, free = len(kept), 0, row.dtype.type(-np.inf)
