@@ -325,9 +325,7 @@ def _train(
     device = resolve_device(first.model.device)
     # accelerate keeps one state per process and refuses a second run with another precision.
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision_of(first, device), gradient_accumulation_steps=first.accumulate
-    )
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(first, device))
     ranks = own_ranks()
     stop = StopRequest(ranks.largest)
     with ExitStack() as stack:
