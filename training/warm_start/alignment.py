@@ -239,7 +239,7 @@ def aligned(alignment: StartAlignment, dictionary: SparseDictionary, recipe: Rec
     judged = batch.rows(slice(fitted, None))
     found = {"none": dictionary} | {name: mapped(dictionary, *sides) for name, sides in maps.items()}
     errors = {name: figures(each.eval(), judged)["fvu"] for name, each in found.items()}
-    best = min(errors, key=lambda name: errors[name] * (1 + MARGIN * name.endswith("regression")))
+    best = preferred_map(errors)
     record = {
         "by": alignment.place,
         "map": best,
@@ -250,6 +250,15 @@ def aligned(alignment: StartAlignment, dictionary: SparseDictionary, recipe: Rec
     }
     # Ranks may round differently.
     return from_first(own_ranks(), Aligned(found[best], record))
+
+
+def preferred_map(errors: Mapping[str, float]) -> str:
+    """Return the map with the lowest error; a regression must be lower by ``MARGIN``.
+
+    >>> preferred_map({"none": 0.5, "rotation": 0.100, "regression": 0.0995})
+    'rotation'
+    """
+    return min(errors, key=lambda name: errors[name] * (1 + MARGIN * name.endswith("regression")))
 
 
 def _fitted_maps(dictionary: SparseDictionary, pairs: Pairs) -> dict[str, tuple[SideMaps, SideMaps]]:
