@@ -62,7 +62,7 @@ def selectivities(texts: Path, run: Path, seed: int) -> list[dict[str, Any]]:
     codes = [document_codes(subject, rows) for rows in halves]
     rows = []
     for pooling, piece in POOLED:
-        chosen_on, reported_on = (selectivity(*some, pooling, piece) for some in (codes[:2], codes[2:]))
+        chosen_on, reported_on = (selectivity(a, b, pooling, piece) for a, b in (codes[:2], codes[2:]))
         best = reported_on[np.argsort(-chosen_on, kind="stable")[:10]]
         rows.append({"pooling": pooling, "piece": piece, "reached": int((best >= 0.99).sum()), "lowest": number(best.min())})
     return rows

@@ -166,7 +166,14 @@ def _steer_options(result: Mapping[str, Any]) -> list[Any]:
     words += ["--strengths", ",".join(f"{each:g}" for each in result["strengths"])] if result.get("strengths") else []
     words += ["--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
     if result.get("documents_asked"):
-        words += ["--documents", result["documents_asked"], "--pooling", result["pooling"], "--piece", result["lengths"]["piece"]]
+        words += [
+            "--documents",
+            result["documents_asked"],
+            "--pooling",
+            result["pooling"],
+            "--piece",
+            result["lengths"]["piece"],
+        ]
     return words
 
 

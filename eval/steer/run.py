@@ -191,7 +191,7 @@ def steer_entries(
             codes.append(document_codes(subject, rows))
             shown.update(len(codes))
     piece = max(1, min(piece, *(len(each.documents) // FEWEST_PIECES for each in codes)))
-    chosen_on, reported_on = (selectivity(*some, pooling, piece) for some in (codes[:2], codes[2:]))
+    chosen_on, reported_on = (selectivity(a, b, pooling, piece) for a, b in (codes[:2], codes[2:]))
     words = token_texts(subject.model.tokenizer, len(subject.model.tokenizer))
     effects = _effects(task, codes[0], codes[1], chosen_on)
     edits, roles = _edits(task, codes, effects, latents)
