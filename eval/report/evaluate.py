@@ -27,7 +27,7 @@ from ..metrics.inference import DEFAULT_INFERENCE, InferenceMode
 from ..result import Report
 from .cache import merged_entries
 from .candidate import Candidate, candidate_of, write_report
-from .on_activations import evaluate_tensor, rows_of
+from .on_activations import evaluate_tensor, given_rows
 from .on_model import GroupOptions, evaluate_on_model, require_known_options
 from .stack import evaluate_opened
 
@@ -89,7 +89,7 @@ def evaluate(
     found = candidate_of(opened, out, selection)
     if selection.oracle:
         raise ValueError("--oracle: expected a language model, got only activations.")
-    x, y = rows_of(activations, found.dictionary)
+    x, y = given_rows(activations, found.dictionary)
     return write_report(found, evaluate_tensor(found.dictionary, x, selection, y))
 
 

@@ -18,7 +18,7 @@ from ..undefined import settled
 from .cache import GroupResult, merged_entries
 
 
-def rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
+def given_rows(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """Return the caller's inputs, and a transcoder's targets, as one tensor each."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
     targets = dictionary.arguments()["kind"] not in ("sae", "crosscoder")
