@@ -46,17 +46,7 @@ def largest_columns(
 ) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
     """Return every row's ``room[i]`` largest scores, row after row, and their columns. No room exceeds the column count."""
     kernels = selection(scores)
-    if kernels is None:
-        return _ranked_columns(scores, room)
-    few = room <= kernels.kept_most
-    if bool(few.all()):
-        return kernels.keep_largest_ragged(scores, room)
-    rows = torch.repeat_interleave(room)
-    of_few = few[rows]
-    values, columns = scores.new_empty(len(rows)), torch.empty_like(rows)
-    values[of_few], columns[of_few] = kernels.keep_largest_ragged(scores, room.where(few, 0))
-    values[~of_few], columns[~of_few] = _ranked_columns(scores, room.where(~few, 0))
-    return values, columns
+    return _ranked_columns(scores, room) if kernels is None else kernels.keep_largest_ragged(scores, room)
 
 
 def _ranked_columns(

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from .checkpoint_files import FORMAT, FORMAT_VERSION, write_dictionary_files
 from .encoder import Encoder, Weights
 from .inspection import Inspection
+from .kernels import together
 from .metrics import Moments
 from .pursuit import PURSUITS
 from .ranks import ALONE, UNDIVIDED
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
-from .sites import Site, columns_by_site, concatenated, in_form_of
+from .sites import Site, added_at_columns, columns_by_site, concatenated, in_form_of
 from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .training_usage import TrainingUsage
@@ -259,9 +260,10 @@ class SparseDictionary(Inspection, nn.Module, ABC):
             code = self._sparse(self._tensor(code, "code"))
         x = None if x is None else self._concatenated(x)
         x = x.flatten(0, -2) if x is not None and x.ndim > 2 else x
-        # Adding to slices in place would copy the whole gradient for every block.
-        written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
-        total = self.shards.reduced(written[0] if len(written) == 1 else torch.stack(written).sum(0))
+        parts = list(self._parts(code))
+        with together():
+            written = [(block.writes, decode(part, block.weights.W_dec)) for block, part in parts]
+        total = self.shards.reduced(written[0][1] if len(written) == 1 else added_at_columns(written, self.d_out))
         # Fused, because this tensor is as large as the batch.
         y_hat = torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
         return y_hat.unflatten(0, code.batch_shape) if code.batch_shape else y_hat
@@ -283,6 +285,9 @@ class SparseDictionary(Inspection, nn.Module, ABC):
 
     def _parts(self, code: SparseCode) -> Iterator[tuple[LatentBlock, SparseCode]]:
         """Yield each block with its part of a code, latents numbered from 0."""
+        if code.parts:
+            yield from zip(self.blocks, code.parts, strict=True)
+            return
         for block in self.blocks:
             first, last = block.latents.start, block.latents.stop
             if (first, last) == (0, self.n_latents):

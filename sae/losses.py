@@ -1,11 +1,13 @@
 """Training losses: pure functions of tensors in normalized units."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .encoder import Weights, pre_activations, scorer, with_gradient
 from .ranks import Shards, largest_of_shards
@@ -28,8 +30,26 @@ def normalized_mse(
     al. 2024, arXiv:2406.04093.
     """
     if variance.ndim:
-        return ((y_hat - y).pow(2) / variance).sum() / max(len(y), 1)
+        return _WeightedSquares.apply(y_hat, y, 1 / (variance * max(len(y), 1)))  # pyright: ignore[reportReturnType]
     return F.mse_loss(y_hat, y, reduction="sum") / (variance * max(len(y), 1))
+
+
+class _WeightedSquares(torch.autograd.Function):
+    """Weighted sum of squared differences: half the passes of autograd over tensors as large as the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, y_hat: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        error = y_hat - y
+        weighted = error * weight
+        ctx.save_for_backward(weighted)
+        return torch.dot(error.view(-1), weighted.view(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weighted,) = ctx.saved_tensors
+        to_y_hat = 2 * grads[0] * weighted
+        return to_y_hat, -to_y_hat if ctx.needs_input_grad[1] else None, None
 
 
 def auxk(

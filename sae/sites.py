@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .rows import ArrayLike, Rows, as_rows
 
@@ -86,3 +88,30 @@ def is_stacked(x: Float[Tensor, "..."], widths: Sequence[int]) -> bool:
 
 def _tensor(values: Rows, name: str, device: torch.device | str) -> Float[Tensor, "..."]:
     return values if isinstance(values, Tensor) else as_rows(values, name, device)
+
+
+def added_at_columns(parts: Sequence[tuple[slice, Float[Tensor, "tokens _"]]], width: int) -> Float[Tensor, "tokens width"]:
+    """Return the sum of parts that are each zero outside their columns.
+
+    >>> added_at_columns([(slice(0, 3), torch.ones(1, 3)), (slice(2, 3), torch.ones(1, 1))], 4)
+    tensor([[1., 1., 2., 0.]])
+    """
+    return _AddedAtColumns.apply(width, [columns for columns, _ in parts], *(part for _, part in parts))  # pyright: ignore[reportReturnType]
+
+
+class _AddedAtColumns(torch.autograd.Function):
+    """Sum in one tensor. Autograd would pad every part, or copy the gradient of the sum for every assignment to a slice."""
+
+    @staticmethod
+    def forward(ctx: Any, width: int, columns: list[slice], *parts: Tensor) -> Tensor:
+        ctx.columns = columns
+        total = parts[0].new_zeros(len(parts[0]), width)
+        for place, part in zip(columns, parts, strict=True):
+            total[:, place] += part
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Contiguous, because the gradients of a part's values and of its matrix both read it.
+        return None, None, *(grads[0][:, place].contiguous() for place in ctx.columns)

@@ -1,6 +1,6 @@
 """SparseCode: active latents of every token, with their values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -92,6 +92,8 @@ class SparseCode:
     batch_shape: tuple[int, ...] = ()
     # Latents that do not fire but train their thresholds, if they are too many to be entries.
     window: Window | None = None
+    # The same entries by block of latents, each block's numbered from 0; kept in training so that decoding need not split them.
+    parts: tuple["SparseCode", ...] = ()
 
     def __getitem__(self, token: int | tuple[int, ...]) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
         """Return the firing latents of one token and their values, the largest first.
@@ -232,6 +234,28 @@ class SparseCode:
     def to_dense(self, n_latents: int) -> Float[Tensor, "tokens n_latents"]:
         """Return the code as a dense matrix, mostly zeros."""
         return _summed(self.token_ids(), self.latents, self.values, (self.n_tokens, n_latents))
+
+
+def side_by_side(codes: Sequence[SparseCode]) -> SparseCode:
+    """Return one code with the entries of several codes of the same tokens; those of a token in the order of the codes.
+
+    >>> first, second = (SparseCode.from_rows(torch.tensor([[i], [i]]), torch.ones(2, 1)) for i in (3, 7))
+    >>> side_by_side([first, second]).latents.tolist()
+    [3, 7, 3, 7]
+    """
+    counts = torch.stack([code.entries_per_token() for code in codes], dim=1)
+    k = counts[:1]
+    # On an accelerator the check would make the host wait.
+    if counts.device.type == "cpu" and bool((counts == k).all()):
+        rows = [(len(counts), int(count)) for count in k.flatten()]
+        latents, values = (
+            torch.cat([part.view(shape) for part, shape in zip(parts, rows, strict=True)], dim=1)
+            for parts in ([code.latents for code in codes], [code.values for code in codes])
+        )
+        return SparseCode.from_rows(latents, values)
+    firsts, order = group_by_latent(torch.cat([code.token_ids() for code in codes]), len(counts))
+    latents, values = torch.cat([code.latents for code in codes]), torch.cat([code.values for code in codes])
+    return SparseCode(latents[order], values[order], firsts[:-1])
 
 
 def _summed(

@@ -136,8 +136,7 @@ def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
     done: list[_Kept] = []
     for tile in tiles:
         if not tile.first:
-            kernels = selection(tile.scores)
-            done.append((_Kept if kernels is None or k > kernels.kept_most else _KeptByKernel)(tile.scores, k))
+            done.append((_Kept if selection(tile.scores) is None else _KeptByKernel)(tile.scores, k))
         done[-1].take(tile)
     latents, values = torch.cat([kept.latents for kept in done]), torch.cat([kept.values for kept in done])
     return SparseCode.from_rows(latents, values)

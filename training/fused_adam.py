@@ -1,7 +1,7 @@
 """Fused Adam: gradient projection, clipping, update and decoder normalization in one pass, from sparse gradients."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.kept_memory import kept_memory
-from ..sae.kernels import AdamStep, Kernels, RowGrad, backend
+from ..sae.kernels import AdamStep, Kernels, RowGrad, backend, together
 from ..sae.sparse_code import ByLatent
 from ..sae.sparse_grad import SparseGrad, keep_ledger
 from .optim import DictionaryAdam, norm_over_shards
@@ -67,12 +67,13 @@ class FusedAdam(DictionaryAdam):
         pending = self._pending(kernels)
         others: list[Tensor] = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
         factor = self._clip(kernels, pending, others)
-        for part in pending:
-            # Without a gradient the matrix is skipped by torch's Adam below.
-            part.weights.grad = None
-            state = self._state(part.weights)
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            kernels.adam_(part.weights, part.unit, part.gradient, *moments, factor, self._adam_step(self.taken[part.weights]))
+        with together():
+            for part in pending:
+                # Without a gradient the matrix is skipped by torch's Adam below.
+                part.weights.grad = None
+                state = self._state(part.weights)
+                moments, taken = (state["exp_avg"], state["exp_avg_sq"]), self.taken[part.weights]
+                kernels.adam_(part.weights, part.unit, part.gradient, *moments, factor, self._adam_step(taken))
         for parameter in others:
             assert parameter.grad is not None
             parameter.grad.mul_(factor)
@@ -94,28 +95,28 @@ class FusedAdam(DictionaryAdam):
             group = grouped[key]
             values = product.code.values[group.order]
             gradient = RowGrad(group.firsts, group.tokens, values, product.rows, *ledger.dense(weights))
-            if self.grad_clip is not None and len(values) >= SUMMED_ENTRIES * len(weights) and weights.device.type == "cpu":
-                gradient = _summed(kernels, gradient, weights)
             unit = weights in self.atoms and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
-        return pending
+        return pending if self.grad_clip is None else _summed(kernels, pending)
 
     def _clip(self, kernels: Kernels, pending: list[Pending], others: list[Tensor]) -> Float[Tensor, ""]:
         """Return the clipping factor, from the norm of the whole gradient."""
         device = self.dictionary.device
         if self.grad_clip is None:
             return torch.ones((), device=device)
-        squares = {part.weights: self._squared_norm(kernels, part) for part in pending}
+        with together():
+            rows = {part.weights: self._squared_norms(kernels, part) for part in pending}
+        squares = {weights: self.dictionary.ranks.sum(norms.sum()) for weights, norms in rows.items()}
         squares |= {p: p.grad.pow(2).sum() for p in others if p.grad is not None}
         norm = norm_over_shards(self.dictionary, squares)
         return (self.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
 
-    def _squared_norm(self, kernels: Kernels, part: Pending) -> Float[Tensor, ""]:
-        """Return the squared norm of a matrix's gradient; each rank of the batch sums an equal part of the rows."""
+    def _squared_norms(self, kernels: Kernels, part: Pending) -> Float[Tensor, " rows"]:
+        """Return the squared norms of a matrix's gradient rows; each rank of the batch computes an equal part of them."""
         ranks, (n_latents, _) = self.dictionary.ranks, part.weights.shape
         first, last = (n_latents * i // ranks.size for i in (ranks.rank, ranks.rank + 1))
         own = part.gradient._replace(firsts=part.gradient.firsts[first : last + 1], dense_of=part.gradient.dense_of[first:last])
-        return ranks.sum(kernels.squared_norms(part.weights[first:last], part.unit, own).sum())
+        return kernels.squared_norms(part.weights[first:last], part.unit, own)
 
     def _state(self, weights: Tensor) -> dict[str, Tensor]:
         """Return a matrix's Adam state, created as torch does, and count the step."""
@@ -136,16 +137,33 @@ class FusedAdam(DictionaryAdam):
         return AdamStep(beta1, beta2, group["lr"] / (1 - beta1**taken), 1 / math.sqrt(1 - beta2**taken), group["eps"])
 
 
-def _summed(kernels: Kernels, gradient: RowGrad, like: Tensor) -> RowGrad:
-    """Return a gradient with its entries summed, so that the norm and the update need not do it each."""
+def _summed(kernels: Kernels, pending: list[Pending]) -> list[Pending]:
+    """Return gradients with the sums of many entries written out, so that the norm and the update need not make them each."""
+    many = [p.weights.device.type == "cpu" and len(p.gradient.values) >= SUMMED_ENTRIES * len(p.weights) for p in pending]
+    with together():
+        wholes = [_of_entries(kernels, part) if crowded else None for part, crowded in zip(pending, many, strict=True)]
+    return [
+        part if whole is None else replace(part, gradient=_with_dense(whole, part.gradient))
+        for part, whole in zip(pending, wholes, strict=True)
+    ]
+
+
+def _of_entries(kernels: Kernels, part: Pending) -> Tensor:
+    firsts, tokens, values, rows, _, _ = part.gradient
+    return kernels.spread(
+        firsts, tokens, values, rows, kept_memory.take(len(part.weights), part.weights.shape[1], part.weights)
+    )
+
+
+def _with_dense(whole: Tensor, gradient: RowGrad) -> RowGrad:
+    """Return the gradient that is the sum of ``whole`` and of another one's dense rows."""
     firsts, tokens, values, rows, dense_of, dense = gradient
-    whole = kernels.spread(firsts, tokens, values, rows, kept_memory.take(like.shape[0], like.shape[1], like))
-    if len(dense) == len(like):
+    if len(dense) == len(whole):
         whole += dense
     elif len(dense):
         written = (dense_of >= 0).nonzero().squeeze(1)
         whole.index_add_(0, written, dense[dense_of[written]])
-    every = torch.arange(len(like), device=like.device)
+    every = torch.arange(len(whole), device=whole.device)
     return RowGrad(torch.zeros_like(firsts), tokens[:0], values[:0], rows, every, whole)
 
 

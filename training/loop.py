@@ -110,9 +110,10 @@ def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator
     member.schedule.apply(state.step)
     pieces = []
     for piece in batch.split(member.recipe.accumulate):
-        with accelerator.accumulate(member.objective), accelerator.autocast():
+        with accelerator.autocast():
             loss, terms = member.objective(piece, state.usage)
-        accelerator.backward(loss)
+        # Not by accelerate, whose count of pieces is shared by members that step at the same time.
+        (loss / member.recipe.accumulate).backward()
         pieces.append(terms)
     # The optimizer also projects, clips and renormalizes, so that a fused one needs a single pass over the weights.
     optimizer.step()

@@ -34,10 +34,10 @@ from .recipe import DictionarySection, Recipe, dump_recipe
 from .recipe.schema import total_steps
 from .report import TrainingLog
 from .resolve_hooks import dictionary_arguments
-from .start_source import StartSource
 from .state import Logged, Randomness, TrainState
 from .versions import git_commit, own_version
-from .warm_start import warm_start
+from .warm_start.begin import warm_start
+from .warm_start.source import StartSource
 
 log = logging.getLogger(__name__)
 
@@ -151,14 +151,13 @@ def _member(
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
     schedule = Schedule(optimizer, dictionary, phases, recipe, objective)
     objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
-    wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
     if warm is not None and ranks.world.rank == 0:
         # With the budget that was measured. A resume takes it from there.
         write_text(directory / RECIPE_FILE, dump_recipe(recipe))
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
     report = TrainingLog(recipe, directory, logged, state.tokens, written=ranks.world.rank == 0)
     dictionary.train()
-    return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
+    return TrainedMember(recipe, objective, dictionary, optimizer, schedule, state, report, checkpoints)
 
 
 def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:

@@ -127,8 +127,11 @@ class Objective(nn.Module):
         named = {"fvu": fvu.detach(), "l0": d.shards.sum(firings.sum()) / max(code.n_tokens, 1)}
         for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
             named["screen_recall"] = screen.recall
-        judged = self.prefixes(code, batch.x) if code.requests.prefixes else [y_hat]
-        loss = self.weights.reconstruction * torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
+        judged, error = [y_hat], fvu
+        if code.requests.prefixes:
+            judged = self.prefixes(code, batch.x)
+            error = torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
+        loss = self.weights.reconstruction * error
         extra = self.extra(batch, code, y, y_hat, usage)
         if self.weights.kl:
             assert self.divergence is not None

@@ -40,9 +40,9 @@ from .resolve_hooks import ResolvedRecipe, resolve_recipes
 from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
-from .start_source import StartSource
 from .training_plan import TrainingPlan
-from .warm_start import after_training
+from .warm_start.judge import after_training
+from .warm_start.source import StartSource
 
 log = logging.getLogger(__name__)
 ONE_RUN = OneRun()
@@ -325,9 +325,7 @@ def _train(
     device = resolve_device(first.model.device)
     # accelerate keeps one state per process and refuses a second run with another precision.
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision_of(first, device), gradient_accumulation_steps=first.accumulate
-    )
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(first, device))
     ranks = own_ranks()
     stop = StopRequest(ranks.largest)
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.penalised import Penalised
 from ..sae.ranks import ALONE, UNDIVIDED, largest_of_all
-from ..sae.sparse_code import AuxTerms, Revival, SparseCode, group_by_latent
+from ..sae.sparse_code import AuxTerms, Revival, SparseCode, side_by_side
 from ..sae.thresholds import calibrate_cuts
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
@@ -176,11 +176,12 @@ class CrossLayerTranscoder(SparseDictionary):
         site: int | None = None,
     ) -> SparseCode:
         if site is not None:
-            return self._code_at(site, x)
+            return self._code_at(self.encoders[site], self.blocks[site].weights, x)
         if self.chooses_jointly and self.training:
             codes = self._strongest(x)
         else:
-            codes = [self._code_at(i, x[:, block.reads]) for i, block in enumerate(self.blocks)]
+            layers = zip(self.encoders, self.blocks, strict=True)
+            codes = [self._code_at(encoder, block.weights, x[:, block.reads]) for encoder, block in layers]
         code = self._joined(codes)
         return self._steered(code) if self.joint and self.training and len(x) else code
 
@@ -209,11 +210,10 @@ class CrossLayerTranscoder(SparseDictionary):
         """Latents per token over all layers, for joint selection."""
         return self.encoder.arguments()["k"] * self.n_layers
 
-    def _code_at(self, layer: int, x: Float[Tensor, "tokens d"]) -> SparseCode:
+    def _code_at(self, encoder: Encoder, weights: Weights, x: Float[Tensor, "tokens d"]) -> SparseCode:
         """Return the code of one layer's normalized, centered inputs."""
-        weights = self.blocks[layer].weights
         if not self.chooses_jointly:
-            return self.encoders[layer](x, weights)
+            return encoder(x, weights)
         if not int(self.batches):
             raise ValueError(
                 "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
@@ -277,12 +277,10 @@ class CrossLayerTranscoder(SparseDictionary):
     def _joined(self, codes: list[SparseCode]) -> SparseCode:
         """Return one code of all layers' latents, with penalties averaged over layers."""
         here = self.n_latents // self.n_layers
-        tokens = torch.cat([code.token_ids() for code in codes])
-        firsts, order = group_by_latent(tokens, codes[0].n_tokens)
-        latents = torch.cat([code.latents + i * here for i, code in enumerate(codes)])
-        values = torch.cat([code.values for code in codes])
         names = codes[0].requests.penalties
         penalties = {name: torch.stack([code.requests.penalties[name] for code in codes]).mean() for name in names}
         revivals = [code.requests.revival for code in codes if code.requests.revival is not None]
         revival = Revival(revivals[0].weight, torch.cat([each.thresholds for each in revivals])) if revivals else None
-        return SparseCode(latents[order], values[order], firsts[:-1], AuxTerms(penalties=penalties, revival=revival))
+        joined = side_by_side([replace(code, latents=code.latents + i * here) for i, code in enumerate(codes)])
+        parts = tuple(codes) if self.training else ()
+        return replace(joined, requests=AuxTerms(penalties=penalties, revival=revival), parts=parts)

@@ -8,7 +8,7 @@ discovers circuits of its latents: scores by attribution patching on half of a t
 the other half. Errors are nodes, kept, or ablated. Baselines are the coordinates of the same residual streams (neurons), the
 inputs of the MLPs' last projections (MLP neurons), heads and MLPs, and random features with the same l0. Finished runs are
 reused. Writes docs/results/feature-circuits-NAME.json and docs/feature_circuits_NAME.png, and prints the tables of
-docs/circuits.md; intervals are Student's t over seeds.
+docs/circuit_latents.md; intervals are Student's t over seeds.
 """
 
 import argparse

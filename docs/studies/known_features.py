@@ -9,7 +9,7 @@ block, the planted directions themselves (both signs, as a dictionary), latents 
 ablated), and random features. Half of the pairs choose the circuits, the other half judge them; of these, every other pair
 sizes the circuit of 80 % faithfulness, and the rest measure its faithfulness. Compared are also CMD and, for latents, the ROC
 AUC of their scores, where positives are latents that write mostly into planted directions with an exact effect. Writes
-docs/results/known-features.json and prints the tables of docs/circuits.md; --tables prints them from that file.
+docs/results/known-features.json and prints the tables of docs/circuit_latents.md; --tables prints them from that file.
 """
 
 import argparse

@@ -7,7 +7,7 @@ of every context, but circuits replace activations at all positions. Trains TopK
 given, (recipes/circuits/stories3M.yaml) on activations without either, with the leading positions, and with BOS too: equal
 numbers of tokens, of latents and of steps. `sparsary circuits` then finds and judges circuits of their latents by attribution
 patching under resampling. Finished runs are reused. Writes docs/results/prompt-positions.json and prints the tables of
-docs/circuits.md; intervals are over pairs with one seed, Student's t over seeds with several.
+docs/circuit_latents.md; intervals are over pairs with one seed, Student's t over seeds with several.
 """
 
 import argparse

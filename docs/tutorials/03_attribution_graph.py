@@ -119,4 +119,4 @@ pd.DataFrame(
 # ## Next
 #
 # - [Transcoders](../transcoders.md): skip and cross-layer transcoders compared, and this task with trained ones.
-# - [Circuits](../circuits.md): how graphs, circuits and known circuits relate.
+# - [Attribution graphs](../attribution_graphs.md): heads on the way, levels, and whether interventions agree.

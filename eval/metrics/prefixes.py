@@ -1,9 +1,10 @@
-"""Metric: error and sparsity of the nested dictionaries of a Matryoshka encoder."""
+"""Metric: error and sparsity of nested dictionaries."""
 
 from typing import Any
 
 import torch
 
+from ...sae.encoders.lista import Lista
 from ...sae.encoders.matryoshka import Matryoshka
 from ...sae.metrics import Moments
 from ..undefined import Undefined
@@ -12,7 +13,7 @@ from .reconstruction import NO_VARIANCE
 
 
 class Prefixes(MetricGroup):
-    """FVU and active latents of every prefix of a Matryoshka dictionary; other dictionaries have no such entries.
+    """FVU and active latents of every prefix of a nested dictionary (Matryoshka, or LISTA with shares); others have no entries.
 
     A prefix keeps those latents of the whole code that are within its width. Where training draws the widths at random, the
     prefixes are those of the encoder's ``shares``.
@@ -24,7 +25,9 @@ class Prefixes(MetricGroup):
 
     def __init__(self, setting: Setting):
         dictionary = setting.dictionary
-        shares = dictionary.encoder.shares if isinstance(dictionary.encoder, Matryoshka) else []
+        encoder, shares = dictionary.encoder, []
+        if isinstance(encoder, Matryoshka) or (isinstance(encoder, Lista) and len(encoder.shares) > 1):
+            shares = encoder.shares
         self.dictionary = dictionary
         self.widths = sorted({max(1, round(share * dictionary.n_latents)) for share in shares})
         self.target = Moments(dictionary.d_out, setting.device)

@@ -1,4 +1,4 @@
-"""Explanations of the entries of ``circuit_comparison.json``, for its page and docs/circuits.md."""
+"""Explanations of the entries of ``circuit_comparison.json``, for its page and docs/circuit_comparison.md."""
 
 OVERLAP = {
     "at": "Sizes of the circuits: equal for all (the median of those with faithfulness 0.8), or each task's own smallest "
@@ -55,6 +55,6 @@ EXPLANATIONS = {
 
 
 def comparison_markdown() -> str:
-    """Return the table of docs/circuits.md as Markdown."""
+    """Return the table of docs/circuit_comparison.md as Markdown."""
     rows = [f"| `{key}` | {text} |" for entries in EXPLANATIONS.values() for key, text in entries.items()]
     return "\n".join(["| entry | meaning |", "|---|---|", *rows]) + "\n"

@@ -50,8 +50,8 @@ class Copula(Firing):
     def draw(self, tokens: int, generator: Generator) -> Bool[Tensor, "tokens n_features"]:
         n_features, rank = self.factors.shape
         common = torch.randn(tokens, rank, generator=generator) @ self.factors.T
-        own = torch.randn(tokens, n_features, generator=generator) * (1 - self.factors.pow(2).sum(-1)).sqrt()
-        return common + own > torch.special.ndtri(1 - self.p)
+        own = torch.randn(tokens, n_features, generator=generator).mul_((1 - self.factors.pow(2).sum(-1)).sqrt())
+        return common.add_(own) > torch.special.ndtri(1 - self.p)
 
 
 @dataclass(frozen=True)

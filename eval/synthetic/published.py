@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from ...sae import SparseCode
 from ...sae.formats.base import require_keys, require_shape
 from ...sae.formats.files import HubSource, SourceFiles
+from ...sae.sparse_ops import decode
 from .firing import Copula, Independent
 from .planted import Planted, Sample, generator_of
 
@@ -44,34 +47,75 @@ class PublishedModel(Planted):
     def sample(self, tokens: int, seed: int) -> Sample:
         """Sample ``tokens`` independent tokens, deterministic in the seed."""
         generator = generator_of("sample", seed)
+        fires = self.firing.draw(tokens, generator)
+        free, group, children = self._tables
+        token, place = fires[:, free].nonzero(as_tuple=True)
+        found = [self._entries(token, free[place], None, group, generator)]
+        # From the roots down, as nearly all features that fire are silenced by a parent.
+        for level, below in zip(self.forest, children, strict=True):
+            token, parent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+            place = below[parent]
+            above, column = ((place >= 0) & fires[token[:, None], level.features[place]]).nonzero(as_tuple=True)
+            place = place[above, column]
+            factor = torch.where(level.scaled[place], value[above] / self.means[parent[above]], 1.0)
+            found.append(self._entries(token[above], level.features[place], factor, group, generator))
+        token, feature, value = (torch.cat(parts) for parts in zip(*found, strict=True))
         coefficients = torch.zeros(tokens, self.n_features)
-        # Features fire on few tokens: only their magnitudes are drawn.
-        at = self.firing.draw(tokens, generator).nonzero(as_tuple=True)
-        noise = torch.randn(len(at[1]), generator=generator)
-        coefficients[at] = (self.means[at[1]] + self.stds[at[1]] * noise).relu()
+        coefficients[token, feature] = value
+        order = token.argsort(stable=True)
+        counts = torch.bincount(token, minlength=tokens)
+        code = SparseCode(feature[order], value[order], counts.cumsum(0) - counts)
+        return Sample(decode(code, self.atoms) + self.bias, coefficients, None)
+
+    def _entries(
+        self,
+        token: Int[Tensor, " entries"],
+        feature: Int[Tensor, " entries"],
+        factor: Float[Tensor, " entries"] | None,
+        group: Int[Tensor, " n_features"],
+        generator: Generator,
+    ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"], Float[Tensor, " kept"]]:
+        """Return the tokens, features and positive coefficients that are left after exclusive groups."""
+        noise = torch.randn(len(feature), generator=generator)
+        value = (self.means[feature] + self.stds[feature] * noise).relu()
+        value = value if factor is None else value * factor
+        token, feature, value = token[value > 0], feature[value > 0], value[value > 0]
+        kept = _one_of_each(token, group[feature], generator)
+        return token[kept], feature[kept], value[kept]
+
+    @cached_property
+    def _tables(self) -> tuple[Int[Tensor, " free"], Int[Tensor, " n_features"], list[Int[Tensor, "n_features children"]]]:
+        """Features without a parent, exclusive groups (-1: none), and children as places in a level's features (-1: none)."""
+        group, number = torch.full((self.n_features,), -1), 0
+        free, children = torch.ones(self.n_features, dtype=torch.bool), []
         for level in self.forest:
-            if len(level.features):
-                above = coefficients[:, level.parents]
-                factor = torch.where(level.scaled, above / self.means[level.parents], (above > 0).float())
-                coefficients[:, level.features] *= factor
-            _keep_one(coefficients, level.exclusive, generator)
-        return Sample(coefficients @ self.atoms + self.bias, coefficients, None)
+            free[level.features] = False
+            row, column = (level.exclusive >= 0).nonzero(as_tuple=True)
+            group[level.exclusive[row, column]] = number + row
+            number += len(level.exclusive)
+            order = level.parents.argsort(stable=True)
+            counts = torch.bincount(level.parents, minlength=self.n_features)
+            table = torch.full((self.n_features, int(counts.max())), -1)
+            parents = level.parents[order]
+            table[parents, torch.arange(len(order)) - (counts.cumsum(0) - counts)[parents]] = order
+            children.append(table)
+        return free.nonzero()[:, 0], group, children
 
 
-def _keep_one(
-    coefficients: Float[Tensor, "tokens n_features"], groups: Int[Tensor, "groups siblings"], generator: Generator
-) -> None:
-    """Silence all but one of the positive coefficients of every group, chosen at random."""
-    if not len(groups):
-        return
-    siblings = groups.clamp_min(0)
-    active = (coefficients[:, siblings] > 0) & (groups >= 0)
-    token, group = (active.sum(-1) > 1).nonzero(as_tuple=True)
-    conflicts = active[token, group]
-    lots = torch.rand(conflicts.shape, generator=generator).masked_fill(~conflicts, -1.0)
-    losers = conflicts.scatter(1, lots.argmax(-1, keepdim=True), False)
-    conflict, place = losers.nonzero(as_tuple=True)
-    coefficients[token[conflict], siblings[group[conflict], place]] = 0.0
+def _one_of_each(
+    token: Int[Tensor, " entries"], group: Int[Tensor, " entries"], generator: Generator
+) -> Bool[Tensor, " entries"]:
+    """Return a mask that keeps one entry, chosen at random, of every group of every token, and all without a group."""
+    kept, grouped = group < 0, (group >= 0).nonzero()[:, 0]
+    if len(grouped):
+        bag = token[grouped] * (int(group.max()) + 1) + group[grouped]
+        # In random order within a bag: the first one stays.
+        order = torch.randperm(len(bag), generator=generator)
+        order = order[bag[order].argsort(stable=True)]
+        first = torch.ones(len(bag), dtype=torch.bool)
+        first[1:] = bag[order][1:] != bag[order][:-1]
+        kept[grouped[order[first]]] = True
+    return kept
 
 
 def load_planted(path_or_id: str, revision: str | None = None) -> PublishedModel:

@@ -67,9 +67,14 @@ class Recovery:
     - ``fvu``, ``shrinkage`` (mean ||x_hat|| / ||x||), ``l0``, ``true_l0``, ``dead_fraction``: on the samples.
 
     Means over pairs exclude features that never fire in the samples. Source: SynthSAEBench, arXiv:2602.14687.
+
+    Args:
+        planted: The data.
+        W_dec: Decoder directions.
+        chance: Report ``chance_mcc``, whose matching takes longest if there are as many latents as features.
     """
 
-    def __init__(self, planted: Planted, W_dec: Float[Tensor, "n_latents d"]):
+    def __init__(self, planted: Planted, W_dec: Float[Tensor, "n_latents d"], chance: bool = True):
         self.planted = planted
         self.n_latents = W_dec.shape[0]
         cosines = absolute_cosines(planted.atoms, W_dec)
@@ -80,7 +85,7 @@ class Recovery:
         recovered = (nearest_atom > RECOVERED_COSINE).double()
         self.of_atoms = {
             "mcc": float(cosines[self.pairs.features, self.pairs.latents].mean()),
-            "chance_mcc": chance_mcc(planted.atoms, self.n_latents),
+            **({"chance_mcc": chance_mcc(planted.atoms, self.n_latents)} if chance else {}),
             "mmcs_true": float(nearest_atom.mean()),
             "mmcs_learned": float(nearest_cosine.mean()),
             "recall_09": float(recovered.mean()),

@@ -177,8 +177,8 @@ def references(planted: Planted, n_latents: int, k: int, tokens: int, seed: int)
         "pca": torch.stack([components, -components], 1).flatten(0, 1)[:n_latents],
         "kmeans": cluster_centres(fitted - mean, n_latents, generator),
     }
-    recoveries = {name: Recovery(planted, atoms) for name, atoms in floors.items()} | {
-        "oracle": Recovery(planted, planted.atoms)
+    recoveries = {name: Recovery(planted, atoms, chance=False) for name, atoms in floors.items()} | {
+        "oracle": Recovery(planted, planted.atoms, chance=False)
     }
     for size, number in _pieces(planted, tokens, seed):
         sample = planted.sample(size, number)

@@ -40,7 +40,7 @@ class TruthSet:
     """Planted data and the protocol of training on it.
 
     ``planted`` is a function of a seed; ``fixed`` says that it ignores the seed, as a published model does. ``published`` are
-    latent F1 scores of the literature at this protocol, each with its source.
+    latent F1 scores of the literature at this protocol, each with its budget and source.
     """
 
     name: str
@@ -54,12 +54,12 @@ class TruthSet:
     published: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
 
-# SynthSAEBench-16k: 4096 latents, 200M samples, l0 about 25.
+# SynthSAEBench-16k: 4096 latents, l0 about 25.
 PUBLISHED_F1 = {
-    "BatchTopK": (0.82, "arXiv:2602.14687"),
-    "Matryoshka": (0.88, "arXiv:2602.14687"),
-    "LISTA-Matryoshka": (0.97, "Chanin 2026"),
-    "best known": (0.989, "Bussmann 2026"),
+    "BatchTopK": (0.82, "200M samples, arXiv:2602.14687"),
+    "Matryoshka": (0.88, "200M samples, arXiv:2602.14687"),
+    "LISTA-Matryoshka": (0.97, "200M samples, Chanin 2026"),
+    "best known": (0.989, "200M samples, Bussmann 2026"),
 }
 PUBLISHED_SIZE = (16_384, 768)
 

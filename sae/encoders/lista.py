@@ -1,6 +1,6 @@
 """LISTA: selection repeated on pre-activations that are corrected by the error of the reconstruction so far."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..batch_encoder import LEVEL_BATCHES, NO_THRESHOLD, Calibrated, level_for
 from ..encoder import Weights, of_all_shards, require_argument, require_k, scorer, with_gradient
-from ..sparse_code import SparseCode
+from ..sparse_code import AuxTerms, SparseCode
 from ..sparse_ops import decode
 from ..tiled_scores import Scorer, above, largest_of_batch, largest_per_token, smallest_of
+from .matryoshka import required_shares, widths_of
 
 
 class Lista(Calibrated):
@@ -34,7 +35,8 @@ class Lista(Calibrated):
 
     Sources: Gregor and LeCun 2010 for the unrolled iteration; for its form with the budget of BatchTopK, one step and eta 0.3,
     the LISTA-Matryoshka of Chanin 2026, where ``k`` falls from a larger one (``schedules: {k: [[0, 40], [0.6, 16]]}``). On the
-    embedded model that raised the error (fvu 0.0255 without it, 0.0293 with it).
+    embedded model that raised the error (fvu 0.0255 without it, 0.0293 with it). ``shares`` nests dictionaries as in
+    ``matryoshka``: prefixes of the code after the last step are trained to reconstruct as well.
 
     Args:
         k: Active latents per token; on average over a batch with ``budget: batch``.
@@ -42,6 +44,7 @@ class Lista(Calibrated):
         eta: Length of a correction.
         budget: Pairs that compete: all of a batch, or those of one token.
         select: Kept values as they are, or reduced by the threshold.
+        shares: Widths of nested dictionaries, as fractions of all latents; the whole dictionary alone by default.
     """
 
     linear = False
@@ -57,17 +60,21 @@ class Lista(Calibrated):
         eta: int | float = 0.3,
         budget: Literal["batch", "token"] = "batch",
         select: Literal["hard", "soft"] = "hard",
+        shares: Sequence[float] = (1.0,),
     ):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token.")
         require_argument("steps", steps, 1, fix="Without a step it is batch_topk or topk.")
         require_argument("eta", eta, 0.0, fix="It is the length of a step, 0.3 in the paper.")
         self.k, self.steps, self.eta, self.budget, self.select = k, steps, eta, budget, select
+        self.shares = required_shares(shares)
+        self._n_latents = 0
         # Guesses of the next batch's levels. They save work without changing results, so they are not saved.
         self._cuts: list[float | None] = [None] * (steps + 1)
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)
+        self._n_latents = n_latents
         if self.has_thresholds:
             self.register_buffer("levels", torch.zeros(self.steps + 1))
             self.register_buffer("batches", torch.zeros((), dtype=torch.long))
@@ -84,6 +91,9 @@ class Lista(Calibrated):
         code, _ = self._after(self.steps, x, weights)
         if self.has_thresholds and self.training and len(x):
             self.batches += 1
+        if self.training and len(self.shares) > 1:
+            prefixes = widths_of(self.shares, self._n_latents * self.n_shards)
+            return SparseCode(code.latents, code.values, code.starts, AuxTerms(prefixes=prefixes))
         return code
 
     def calibrate_on(self, inputs: Iterable[Float[Tensor, "tokens d_in"]], weights: Weights) -> None:

@@ -27,12 +27,7 @@ class Matryoshka(MutualLevel):
     def __init__(self, k: int, shares: Sequence[float] = SHARES, sampled: int = 0):
         super().__init__(k)
         require_argument("sampled", sampled, 0, fix="0 keeps the shares.")
-        self.shares, self.sampled = list(shares), sampled
-        if not self.shares or sorted(set(self.shares)) != self.shares or self.shares[0] <= 0 or self.shares[-1] != 1.0:
-            raise ValueError(
-                f"dictionary.encoder.shares: expected ascending shares above 0, the last one 1, got {self.shares}. "
-                "They are cumulative: [0.0625, 0.125, 0.25, 0.5, 1.0]."
-            )
+        self.shares, self.sampled = required_shares(shares), sampled
         if sampled and len(self.shares) == 1:
             raise ValueError(
                 f"dictionary.encoder.shares: expected two or more with sampled = {sampled}, which draws between the first "
@@ -44,7 +39,7 @@ class Matryoshka(MutualLevel):
         self._n_latents = n_latents
 
     def prefixes(self) -> tuple[int, ...]:
-        return tuple(max(1, round(share * self._n_latents * self.n_shards)) for share in self.shares_now())
+        return widths_of(self.shares_now(), self._n_latents * self.n_shards)
 
     def shares_now(self) -> list[float]:
         """Return the fractions of this batch."""
@@ -53,3 +48,23 @@ class Matryoshka(MutualLevel):
         drawn = random.Random(f"prefixes {self.progress}")
         between = sorted(self.shares[0] ** drawn.random() for _ in range(self.sampled))
         return [self.shares[0], *between, 1.0]
+
+
+def required_shares(shares: Sequence[float]) -> list[float]:
+    """Return the shares as a list.
+
+    Raises:
+        ValueError: If they are not ascending, above 0, with 1 as the last.
+    """
+    found = list(shares)
+    if not found or sorted(set(found)) != found or found[0] <= 0 or found[-1] != 1.0:
+        raise ValueError(
+            f"dictionary.encoder.shares: expected ascending shares above 0, the last one 1, got {found}. "
+            "They are cumulative: [0.0625, 0.125, 0.25, 0.5, 1.0]."
+        )
+    return found
+
+
+def widths_of(shares: Sequence[float], n_latents: int) -> tuple[int, ...]:
+    """Return the widths of nested dictionaries with these shares of the latents."""
+    return tuple(max(1, round(share * n_latents)) for share in shares)

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from .base import AdamStep, Kernels, RowGrad, SelectionKernels
-from .parallel import has_numba
+from .parallel import has_numba, together
 
-__all__ = ["AdamStep", "Kernels", "RowGrad", "SelectionKernels", "backend", "cpu_kernels", "has_triton", "selection"]
+__all__ = [
+    "AdamStep",
+    "Kernels",
+    "RowGrad",
+    "SelectionKernels",
+    "backend",
+    "cpu_kernels",
+    "has_triton",
+    "selection",
+    "together",
+]
 
 log = logging.getLogger(__name__)
 

@@ -95,11 +95,6 @@ class Kernels(ABC):
 class SelectionKernels(Kernels, ABC):
     """Kernels that also select the largest scores, group entries, and quantize."""
 
-    @property
-    @abstractmethod
-    def kept_most(self) -> int:
-        """Largest number of kept scores for which these kernels are faster than sorting."""
-
     @abstractmethod
     def group(self, keys: Int[Tensor, " n"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " n"]]:
         """Return ``(firsts, order)``: positions sorted by key (stable), key ``i`` at ``order[firsts[i]:firsts[i + 1]]``."""

@@ -9,8 +9,6 @@ from . import numba_loops as loops
 from .base import AdamStep, RowGrad, SelectionKernels
 from .parallel import over_rows
 
-# Above this number, searching for the smallest kept score at every change costs more than torch's sorting (24,576 latents).
-KEPT_MOST = 256
 # Minimum number of rows per part.
 LEAST_ROWS = 32
 
@@ -22,10 +20,6 @@ class CpuKernels(SelectionKernels):
         """Return True if an earlier process cached the compiled loops."""
         place = loops.decode_loop.stats.cache_path
         return place is not None and any(Path(place).glob(f"{Path(loops.__file__).stem}.*.nbi"))
-
-    @property
-    def kept_most(self) -> int:
-        return KEPT_MOST
 
     def decode(self, bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
         out = atoms.new_empty(bounds.shape[0] - 1, atoms.shape[1])
@@ -61,8 +55,7 @@ class CpuKernels(SelectionKernels):
         return firsts[:-1], order
 
     def keep_largest_(self, scores: Tensor, offset: int, values: Tensor, latents: Tensor) -> None:
-        lanes = _lanes(scores, values.shape[1])
-        over_rows(loops.keep_largest_loop, len(scores), scores, offset, lanes, values, latents, least=LEAST_ROWS)
+        over_rows(loops.keep_largest_loop, len(scores), scores, offset, values, latents, least=LEAST_ROWS)
 
     def keep_largest_ragged(self, scores: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
         firsts = torch.cat([room.new_zeros(1), room.cumsum(0)])
@@ -87,9 +80,3 @@ class CpuKernels(SelectionKernels):
 
     def rescale_(self, product: Tensor, scale: Tensor, token_scale: Tensor, shift: Tensor, out: Tensor) -> None:
         over_rows(loops.rescale_loop, len(product), product, scale, token_scale, shift, out, least=LEAST_ROWS)
-
-
-def _lanes(scores: Tensor, most: int) -> int:
-    """Return the number of lanes for the first bound: at least twice the number kept, or 0 if there are fewer columns."""
-    lanes = max(32, 1 << (2 * most - 1).bit_length())
-    return lanes if lanes <= scores.shape[1] else 0

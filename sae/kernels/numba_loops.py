@@ -12,6 +12,8 @@ from .compiling import njit
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 # Scores compared at once: few enough that one above the smallest kept is soon found.
 BLOCK = 128
+# Halvings of a range of scores in the search for a level: most searches take five to eight.
+BISECTIONS = 20
 # Latents whose rows tokens read in turn: a few megabytes, which a last-level cache holds.
 SLAB = 1024
 
@@ -200,85 +202,191 @@ def _smallest(values):
 
 
 @ranked
-def _put(score, latent, filled, floor, values, latents):
-    """Insert a score above ``floor``, the smallest kept score (-inf while there are free places), and return the new floor."""
-    k = len(values)
-    # Stays within bounds even if no kept score equals the floor, as after a NaN.
-    place = min(filled, k - 1)
-    if filled == k:
-        # The first of the smallest: a branch-free search is vectorized.
-        for q in range(k):
-            place = min(place, q if values[q] == floor else k)
-    values[place], latents[place] = score, latent
-    return _smallest(values) if filled >= k - 1 else floor
+def _largest(values):
+    top = values[0]
+    for q in range(1, len(values)):
+        top = max(top, values[q])
+    return top
 
 
-@ranked
-def _first_bound(row, best, bound, unused):
-    """Return a bound that at least ``len(bound)`` scores of a row reach, from the maxima of lanes that share the row."""
-    lanes, k = len(best), len(bound)
+@compiled
+def _level(values, k, spare):
+    """Return a level that at least ``k`` values reach, found by bisection: at most ``spare`` more do, unless they are close."""
+    zero, one, half = values.dtype.type(0), values.dtype.type(1), values.dtype.type(0.5)
+    low, high, reached = _smallest(values), _largest(values), len(values)
+    for _ in range(BISECTIONS):
+        if reached <= k + spare:
+            break
+        middle, count = low * half + high * half, zero
+        for q in range(len(values)):
+            # In the values' precision, in which as many fit a register.
+            count += one if values[q] >= middle else zero
+        if count >= k:
+            low, reached = middle, int(count)
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def _last_name(pool, names, size, score, n):
+    """Return the ``n``-th lowest of the distinct names that stand with ``score``, found by bisection."""
+    low, high = -1, names[:size].max()
+    while high - low > 1:
+        middle, count = (low + high) // 2, 0
+        for q in range(size):
+            count += pool[q] == score and names[q] <= middle
+        if count >= n:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@compiled
+def _prune(pool, names, size, k):
+    """Move the ``k`` largest of the first ``size`` scores to the front of ``pool``; of equal ones those with lower names."""
+    level, left = _level(pool[:size], k, 0), 0
+    for q in range(size):
+        score, name = pool[q], names[q]
+        pool[left], names[left] = score, name
+        left += score >= level
+    # Equal scores, and those too close for the bisection.
+    while left > k:
+        least, equal, place = _smallest(pool[:left]), 0, 0
+        for q in range(left):
+            equal += pool[q] == least
+        stay = equal - (left - k)
+        last = _last_name(pool, names, left, least, stay) if stay > 0 else -1
+        for q in range(left):
+            score, name = pool[q], names[q]
+            pool[place], names[place] = score, name
+            place += score != least or name <= last
+        if place == left:
+            # A NaN: its row is not used.
+            return
+        left = place
+
+
+@compiled
+def _lanes(width, k):
+    """Return the number of lanes in which a row's maxima bound its ``k`` largest scores, or 0 if the row is too short.
+
+    Finding the bound reads all lanes, finding the scores ``k`` of them: their lengths times ``k`` balance their number.
+    """
+    lanes = 32
+    while 8 * lanes <= width and lanes * lanes < k * width:
+        lanes *= 2
+    return lanes if k <= lanes and 4 * lanes <= width else 0
+
+
+@compiled
+def _maxima(row, wide, best):
+    """Compute the maxima of the lanes that share the first ``wide`` scores; return a sum that is NaN if one of these is NaN."""
+    lanes, total = len(best), row.dtype.type(0)
     for j in range(lanes):
         best[j] = row[j]
-    # Four rounds over the lanes at once; an incomplete group of four is skipped, which only lowers the bound.
-    for start in range(lanes, len(row) - 4 * lanes + 1, 4 * lanes):
+    # Four rounds over the lanes at once.
+    for start in range(0, wide, 4 * lanes):
         part = row[start : start + 4 * lanes]
         for j in range(lanes):
             one, two, three, four = part[j], part[j + lanes], part[j + 2 * lanes], part[j + 3 * lanes]
+            total += one + two + three + four
             one, three = one if one > two else two, three if three > four else four
             one, two = one if one > three else three, best[j]
             best[j] = one if one > two else two
-    for j in range(k):
-        bound[j] = best[j]
-    level = _smallest(bound)
-    for j in range(k, lanes):
-        if best[j] > level:
-            level = _put(best[j], 0, k, level, bound, unused)
-    return level
+    return total
 
 
 @compiled
-def _keep_row(row, offset, best, bound, unused, kept, names):
-    """Merge the largest scores of ``row`` into ``kept``, and their positions plus ``offset`` into ``names``.
+def _from_lanes(row, wide, offset, floor, best, hits, pool, names, size):
+    """Append to ``pool`` the scores above ``floor`` among the first ``wide``; return its size, or -1 if it is too small.
 
-    Free places hold -inf. A score equal to the smallest kept is not inserted. A NaN in ``row`` makes all of ``kept`` NaN for
-    good. ``best``, ``bound``, and ``unused`` are scratch; ``best`` is empty, or at least as long as ``kept`` and at most as
-    long as ``row``.
+    Only lanes whose maximum is above ``floor`` are read. Every score is written, and the next one over it if it is not above.
     """
-    k = len(kept)
-    if np.isnan(kept[0]):
-        return
-    floor, filled = _smallest(kept), 0
-    for q in range(k):
-        filled += kept[q] > -np.inf
-    if filled == 0 and len(best):
-        level, tiny = _first_bound(row, best, bound, unused), np.finfo(row.dtype).tiny
-        # Scores equal to the bound must still be inserted, and the number below it must not be flushed to zero.
-        floor = np.nextafter(level if abs(level) > tiny else -tiny, floor)
-    for start in range(0, len(row), BLOCK):
-        part = row[start : start + BLOCK]
-        exceed = 0
+    lanes, found = len(best), 0
+    for j in range(lanes):
+        hits[found] = j
+        found += best[j] > floor
+    for h in range(found):
+        if size + wide // lanes > len(pool):
+            return -1
+        for c in range(hits[h], wide, lanes):
+            pool[size], names[size] = row[c], offset + c
+            size += row[c] > floor
+    return size
+
+
+@compiled
+def _in_order(row, first, offset, floor, k, pool, names, size):
+    """Append to ``pool`` the scores above ``floor`` from the ``first`` on, and prune it when it is full; return its size."""
+    for start in range(first, len(row), BLOCK):
+        part, exceed = row[start : start + BLOCK], 0
         # With constant length, all blocks but the last take few instructions.
         if len(part) == BLOCK:
             for j in range(BLOCK):
-                # True for NaN as well.
-                exceed += not part[j] <= floor
+                exceed += part[j] > floor
         if exceed or len(part) < BLOCK:
+            if size + len(part) > len(pool):
+                _prune(pool, names, size, k)
+                size, floor = k, max(floor, _smallest(pool[:k]))
             for j in range(len(part)):
-                if np.isnan(part[j]):
-                    kept[:] = part[j]
-                    return
-                if part[j] > floor:
-                    floor = max(floor, _put(part[j], offset + start + j, filled, floor, kept, names))
-                    filled = min(filled + 1, k)
+                pool[size], names[size] = part[j], offset + start + j
+                size += part[j] > floor
+    return size
 
 
 @compiled
-def keep_largest_loop(first, last, scores, offset, lanes, values, latents):
+def _keep_row(row, offset, best, hits, pool, names, kept, latents):
+    """Merge the largest scores of ``row`` into ``kept``, and their positions plus ``offset`` into ``latents``.
+
+    Free places hold -inf. A score equal to the smallest kept is not inserted. A NaN in ``row`` makes ``kept`` NaN for good. The
+    other arrays are scratch: ``best`` and ``hits`` are as long as there are lanes, ``pool`` and ``names`` have two blocks
+    more than twice the length of ``kept``.
+    """
+    k, size, free = len(kept), 0, row.dtype.type(-np.inf)
+    if np.isnan(kept[0]):
+        return
+    for q in range(k):
+        pool[size], names[size] = kept[q], latents[q]
+        size += kept[q] > free
+    before, floor = size, _smallest(pool[:k]) if size == k else free
+    wide = len(row) - len(row) % (4 * len(best)) if len(best) else 0
+    total, place = row.dtype.type(0), wide
+    if wide:
+        total = _maxima(row, wide, best)
+        if size < k:
+            level, tiny = _level(best, k, k // 8), np.finfo(row.dtype).tiny
+            # Scores equal to the level must still be inserted, and the number below it must not be flushed to zero.
+            floor = np.nextafter(level if abs(level) > tiny else -tiny, floor)
+        size = _from_lanes(row, wide, offset, floor, best, hits, pool, names, size)
+        if size < 0:
+            # Too many scores are equal or close to the level; the pool still begins with what was kept.
+            size, place = before, 0
+    size = _in_order(row, place, offset, floor, k, pool, names, size)
+    for c in range(wide, len(row)):
+        total += row[c]
+    # Infinities of both signs also make the sum NaN.
+    if np.isnan(total):
+        for c in range(len(row)):
+            if np.isnan(row[c]):
+                kept[:] = row[c]
+                return
+    if size > k:
+        _prune(pool, names, size, k)
+    for q in range(min(size, k)):
+        kept[q], latents[q] = pool[q], names[q]
+
+
+@compiled
+def keep_largest_loop(first, last, scores, offset, values, latents):
     """Merge the largest scores of a tile, whose first latent is ``offset``, into each token's ``values`` and ``latents``."""
-    k = values.shape[1]
-    best, bound, unused = np.empty(lanes, scores.dtype), np.empty(k, scores.dtype), np.empty(k, latents.dtype)
+    width, k = scores.shape[1], values.shape[1]
+    lanes, room = _lanes(width, k), 2 * (k + BLOCK)
+    best, hits = np.empty(lanes, scores.dtype), np.empty(lanes + 1, latents.dtype)
+    pool, names = np.empty(room, scores.dtype), np.empty(room, latents.dtype)
     for t in range(first, last):
-        _keep_row(scores[t], offset, best, bound, unused, values[t], latents[t])
+        _keep_row(scores[t], offset, best, hits, pool, names, values[t], latents[t])
 
 
 @compiled
@@ -287,18 +395,14 @@ def keep_largest_ragged_loop(first, last, scores, firsts, values, tokens):
     width, most = scores.shape[1], 0
     for i in range(first, last):
         most = max(most, firsts[i + 1] - firsts[i])
-    bound, unused, best = np.empty(most, scores.dtype), np.empty(most, tokens.dtype), np.empty(4 * most + 64, scores.dtype)
+    best, hits = np.empty(width, scores.dtype), np.empty(width + 1, tokens.dtype)
+    pool, names = np.empty(2 * (most + BLOCK), scores.dtype), np.empty(2 * (most + BLOCK), tokens.dtype)
     for i in range(first, last):
-        room = firsts[i + 1] - firsts[i]
-        if room:
-            lanes = 32
-            while lanes < 2 * room:
-                lanes *= 2
-            if lanes > width:
-                lanes = 0
-            here = slice(firsts[i], firsts[i + 1])
+        k = firsts[i + 1] - firsts[i]
+        if k:
+            here, lanes = slice(firsts[i], firsts[i + 1]), _lanes(width, k)
             values[here] = -np.inf
-            _keep_row(scores[i], 0, best[:lanes], bound[:room], unused[:room], values[here], tokens[here])
+            _keep_row(scores[i], 0, best[:lanes], hits, pool, names, values[here], tokens[here])
 
 
 @compiled

@@ -2,12 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +33,19 @@ def has_numba() -> bool:
     return True
 
 
+class _Loop(NamedTuple):
+    """Compiled loop over ``rows``, and the minimum number of rows per part."""
+
+    kernel: Callable[..., None]
+    rows: int
+    arrays: list[Any]
+    least: int
+
+
+# The loops that a thread has put off in `together`.
+_put_off = threading.local()
+
+
 def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: int = 1) -> None:
     """Run ``kernel(first, last, *arguments)`` on parts of ``range(rows)``, on as many threads as torch may use.
 
@@ -37,20 +53,52 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: in
     results do not depend on the partition. ``least`` is the minimum number of rows per part. Numba's own threads are not used,
     because they cannot be entered from two Python threads.
     """
-    arrays = [each.detach().numpy() if isinstance(each, Tensor) else each for each in arguments]
-    threads = torch.get_num_threads()
-    size = max(least, -(-rows // (threads * PARTS_PER_THREAD)))
-    if threads == 1 or rows <= size:
-        kernel(0, rows, *arrays)
+    loop = _Loop(kernel, rows, [_array(each) if isinstance(each, Tensor) else each for each in arguments], least)
+    waiting: list[_Loop] | None = getattr(_put_off, "loops", None)
+    if waiting is None:
+        _run([loop])
+    else:
+        waiting.append(loop)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Put off all loops of this thread to the end of the block, where threads share them out as if they were one.
+
+    Waking threads and waiting for the last takes about as long as a small loop. The loops must not need each other's results,
+    nor the block theirs.
+    """
+    if getattr(_put_off, "loops", None) is not None:
+        yield
         return
+    loops: list[_Loop] = []
+    _put_off.loops = loops
+    try:
+        yield
+    finally:
+        _put_off.loops = None
+    _run(loops)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
+
+
+def _run(loops: list[_Loop]) -> None:
+    """Run loops on as many threads as torch may use."""
+    threads = torch.get_num_threads()
+    parts: list[tuple[_Loop, int, int]] = []
+    for loop in loops:
+        size = loop.rows if threads == 1 else max(loop.least, -(-loop.rows // (threads * PARTS_PER_THREAD)))
+        parts += [(loop, first, min(first + size, loop.rows)) for first in range(0, loop.rows, max(size, 1))]
     # An iterator gives each part to one thread.
-    parts = iter(range(0, rows, size))
+    coming = iter(parts)
 
     def work() -> None:
-        for first in parts:
-            kernel(first, min(first + size, rows), *arrays)
+        for loop, first, last in coming:
+            loop.kernel(first, last, *loop.arrays)
 
-    others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
+    others = [_pool(os.getpid()).submit(work) for _ in range(min(threads, len(parts)) - 1)]
     try:
         work()
     finally:

@@ -109,15 +109,6 @@ def test_the_largest_of_every_token(kernels, width, k):
     values_are_the_product_s(code, scorer)
 
 
-def test_more_than_kernels_keep_are_ranked_by_torch(monkeypatch, width):
-    kernels = pytest.importorskip("sparsary.sae.kernels.cpu")
-    monkeypatch.setattr(kernels, "KEPT_MOST", 2)
-    monkeypatch.setattr(kernels.CpuKernels, "keep_largest_", None)
-    scorer = random_scorer()
-    code = largest_per_token(scorer.tiles(), 3)
-    assert torch.equal(code.latents.view(TOKENS, 3).sort(1).values, whole_of(scorer).topk(3, dim=1).indices.sort(1).values)
-
-
 @pytest.mark.parametrize("place", [0, 30, LATENTS - 1])
 def test_a_nan_among_a_token_s_scores_is_seen_in_its_code_and_nowhere_else(kernels, width, place):
     whole = torch.randn(TOKENS, LATENTS)
@@ -254,16 +245,6 @@ def test_every_latent_keeps_its_largest_and_counts_what_is_above_the_level(kerne
     assert entries_of(found.code) == sorted(expected)
     values_are_the_product_s(found.code, scorer)
     assert (found.above is None) if level is None else (found.above.tolist() == (whole > level).sum(0).tolist())
-
-
-def test_more_tokens_than_kernels_keep_are_ranked_by_torch(monkeypatch, width):
-    kernels = pytest.importorskip("sparsary.sae.kernels.cpu")
-    monkeypatch.setattr(kernels, "KEPT_MOST", 4)
-    scorer, room = random_scorer(), torch.arange(LATENTS) % 9
-    code = largest_per_latent(scorer, room).code
-    chosen = code.to_dense(LATENTS) != 0
-    for latent, column in enumerate(whole_of(scorer).T):
-        assert set(chosen[:, latent].nonzero().flatten().tolist()) == set(column.topk(int(room[latent])).indices.tolist())
 
 
 # Encoders.

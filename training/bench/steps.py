@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -129,7 +129,7 @@ class BenchRun:
         initialize(self.dictionary, ActivationBatch(sample), moments, moments, section.normalize, section.init)
         AcceleratorState._reset_state(True)
         precision = "bf16" if recipe.precision == "bf16" else "no"
-        self.accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate)
+        self.accelerator = Accelerator(cpu=True, mixed_precision=precision)
         latents = recipe.auxk_latents or max(1, self.dictionary.d_out // 2)
         aux = AuxSettings(recipe.auxk_weight, latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
         self.phases = Phases(self.dictionary, recipe)
@@ -140,7 +140,7 @@ class BenchRun:
             self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
         )
         objective = Objective(self.dictionary, self.dictionary.error_scale(moments), aux, None, self.phases.weights(0))
-        self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
+        self.objective = cast(Objective, self.accelerator.prepare_model(objective, evaluation_mode=True))
         self.dictionary.train()
 
     def follow(self, batches: Iterator[ActivationBatch]) -> None:
@@ -150,7 +150,7 @@ class BenchRun:
         # Created without a log file: the loop ends before anything is logged or saved.
         report = object.__new__(TrainingLog)
         member = TrainedMember(
-            self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints
+            self.recipe, self.objective, self.dictionary, self.optimizer, schedule, self.state, report, checkpoints
         )
         stream = Following(batches, self.recipe.batch_tokens)
         stream.batches = self.state.step

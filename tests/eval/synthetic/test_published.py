@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsary.eval.synthetic.planted import generator_of
-from sparsary.eval.synthetic.published import Level, _keep_one, load_planted
+from sparsary.eval.synthetic.published import Level, _one_of_each, load_planted
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "synthetic"
 TOKENS = 60_000
@@ -54,14 +54,16 @@ def test_groups_are_the_depths_of_the_trees():
 
 
 def test_one_of_each_exclusive_group_stays_and_every_one_may():
-    groups = torch.tensor([[0, 1, 2], [4, 5, -1]])
-    coefficients = torch.ones(4000, 6)
-    coefficients[:1000, :2] = 0
-    _keep_one(coefficients, groups, generator_of("test", 0))
-    fires = coefficients > 0
+    groups = torch.tensor([0, 0, 0, -1, 1, 1])
+    fires = torch.ones(4000, 6, dtype=torch.bool)
+    fires[:1000, :2] = False
+    token, feature = fires.nonzero(as_tuple=True)
+    kept = _one_of_each(token, groups[feature], generator_of("test", 0))
+    fires = torch.zeros(4000, 6, dtype=torch.bool)
+    fires[token[kept], feature[kept]] = True
     assert (fires[:, :3].sum(-1) == 1).all()
     assert (fires[:, 4:].sum(-1) == 1).all()
-    # Not in any group; feature 0 in particular is not what the padding stands for.
+    # Not in any group.
     assert fires[:, 3].all()
     assert (fires[1000:, :3].double().mean(0) - 1 / 3).abs().max() < 0.04
     assert (fires[:, 4].double().mean() - 0.5).abs() < 0.04

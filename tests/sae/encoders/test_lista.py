@@ -168,6 +168,17 @@ def test_running_thresholds_are_the_mean_of_those_of_the_batches():
     assert int(sae.encoder.batches) == 3
 
 
+def test_nested_dictionaries_are_prefixes_of_the_last_code():
+    x = torch.randn(TOKENS, D)
+    plain, nested = SAE(D, LATENTS, Lista(K)), SAE(D, LATENTS, Lista(K, shares=[0.25, 0.5, 1.0]))
+    nested.load_state_dict(plain.state_dict())
+    code = nested.encode(x)
+    assert code.requests.prefixes == (8, 16, 31)
+    assert torch.equal(code.to_dense(LATENTS), plain.encode(x).to_dense(LATENTS))
+    assert not plain.encode(x).requests.prefixes
+    assert not nested.eval().encode(x).requests.prefixes
+
+
 def test_a_budget_per_token_needs_no_threshold():
     sae, x = made("token"), torch.randn(TOKENS, D, dtype=torch.float64)
     assert not sae.calibrate([x])
@@ -222,6 +233,7 @@ def test_arguments_out_of_range_are_named():
         ({"k": 0}, "k: expected at least 1"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"eta": -1}, "eta"),
+        ({"shares": [0.5]}, "shares: expected ascending shares"),
     ):
         with pytest.raises(ValueError, match=wanted):
             Lista(**({"k": 3} | arguments))

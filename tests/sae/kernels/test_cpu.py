@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,15 @@ pytest.importorskip("numba")
 from sparsary.sae.kernels import AdamStep, RowGrad, backend
 from sparsary.sae.kernels import numba_loops as loops
 from sparsary.sae.kernels.cpu import CpuKernels
-from sparsary.sae.kernels.parallel import over_rows
+from sparsary.sae.kernels.parallel import over_rows, together
 from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds
 
 cpu = CpuKernels()
 TOKENS, D, LATENTS = 13, 7, 29
 DTYPES = [torch.float32, torch.float64]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
-# Around the block of 64 columns and the lanes of the first bound.
-WIDTHS = [1, 2, 31, 63, 64, 65, 127, 128, 129, 200]
+# Around a block and four rounds of the lanes of the first bound.
+WIDTHS = [1, 2, 31, 63, 64, 65, 127, 128, 129, 200, 300]
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "float64"])
@@ -426,6 +427,39 @@ def test_every_row_is_worked_on_once(threads, number, least):
         over_rows(kernel, rows, least=least)
         assert (times == 1).all()
         assert all(part >= min(least, rows) or sum(parts) == rows for part in parts)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_loops_put_off_run_at_the_end_of_the_block_each_row_once(threads, number):
+    threads(number)
+    times = [torch.zeros(rows) for rows in (97, 0, 1, 40)]
+
+    def kernel(first: int, last: int, counts: np.ndarray) -> None:
+        counts[first:last] += 1
+
+    with together():
+        for each in times:
+            over_rows(kernel, len(each), each)
+        with together():
+            over_rows(kernel, 40, times[3][:])
+        assert not any(each.any() for each in times)
+    assert [each.unique().tolist() for each in times] == [[1], [], [1], [2]]
+    over_rows(kernel, 97, times[0])
+    assert (times[0] == 2).all()
+
+
+def test_a_block_that_fails_runs_none_of_its_loops_and_puts_off_no_later_ones():
+    done = []
+
+    def fails() -> None:
+        with together():
+            over_rows(lambda first, last: done.append("put off"), 3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    over_rows(lambda first, last: done.append("later"), 3)
+    assert done == ["later"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -192,9 +192,14 @@ def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
     train_all(resolve_recipes(members(values | {"tokens": 404}, FAMILIES)), rows)
 
 
-def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path, threads):
+    """On two threads a count of pieces that members shared would skip and double steps."""
     recipes = members(values | {"batch_tokens": 100, "accumulate": 4, "tokens": 1000}, {"lr": [1e-3, 2e-3]})
-    for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
+    torch.set_num_threads(threads)
+    trained = train_all(resolve_recipes(recipes), rows)
+    torch.set_num_threads(1)
+    for directory, recipe in zip(trained, recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 

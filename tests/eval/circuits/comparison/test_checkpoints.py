@@ -118,7 +118,7 @@ def test_models_with_other_tokenizers_are_refused(tiny_model):
 
 @pytest.fixture(scope="module")
 def study():
-    """The study whose figures are in docs/circuits.md; it imports results.py, which stands beside it."""
+    """The study whose figures are in docs/circuit_comparison.md; it imports results.py, which stands beside it."""
     folder = ROOT / "docs" / "studies"
     spec = importlib.util.spec_from_file_location("circuit_comparison_study", folder / "circuit_comparison.py")
     module = importlib.util.module_from_spec(spec)

@@ -104,7 +104,7 @@ def test_text_of_results_does_not_become_html(compared):
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_page(pytestconfig):
-    assert comparison_markdown() in (pytestconfig.rootpath / "docs" / "circuits.md").read_text(encoding="utf-8")
+    assert comparison_markdown() in (pytestconfig.rootpath / "docs" / "circuit_comparison.md").read_text(encoding="utf-8")
 
 
 def test_every_column_of_the_page_is_a_figure_of_the_file(compared):
