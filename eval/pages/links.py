@@ -164,7 +164,17 @@ def _steer_options(result: Mapping[str, Any]) -> list[Any]:
     words += ["--tokens", ",".join(result["tokens_given"])] if result.get("tokens_given") else []
     words += [word for prompt in result.get("prompts_given") or () for word in ("--prompt", prompt)]
     words += ["--strengths", ",".join(f"{each:g}" for each in result["strengths"])] if result.get("strengths") else []
-    return [*words, "--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
+    words += ["--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
+    if result.get("documents_asked"):
+        words += [
+            "--documents",
+            result["documents_asked"],
+            "--pooling",
+            result["pooling"],
+            "--piece",
+            result["lengths"]["piece"],
+        ]
+    return words
 
 
 def _named_models(result: Mapping[str, Any]) -> list[str]:
