@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from ...sae.files import read_json, write_text
 from .document import ENVIRONMENT
+from .probing import TASKS
 
 # Page -> places of its HTML file within a run, the default first.
 PLACES = {
@@ -127,6 +128,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["--labels", result["labels"]] if result.get("labels") else []
         words += ["--vectors", result["vectors"]] + ["--center"] * result["center"] if result.get("vectors") else []
         words += ["--difference-sae"] if result.get("difference_sae_asked") else []
+        words += _probing_options(result) if label == "probing" else []
         words += _steer_options(result) if label == "steer" else []
     elif label == "select" and checkpoint:
         words += ["select", checkpoint, "--pool", result["pool"], "--like", result["like"]]
@@ -156,6 +158,13 @@ def command(label: str, result: Mapping[str, Any]) -> str:
     seeded = ("circuits", "circuit comparison", "probing", "diff", "names", "select", "steer", SIMILARITY)
     words += ["--seed", result["seed"]] if label in seeded and result.get("seed") else []
     return shlex.join(map(str, words))
+
+
+def _probing_options(result: Mapping[str, Any]) -> list[Any]:
+    # Without names, every task is tried, and those that could not run are in the result, too.
+    tried = [task for task in TASKS if f"{task}_done" in result]
+    words = [word for task in tried for word in ("--task", task)] if len(tried) < len(TASKS) else []
+    return [*words, "--factors", result["factor_file"]] if result.get("factor_file") else words
 
 
 def _steer_options(result: Mapping[str, Any]) -> list[Any]:
