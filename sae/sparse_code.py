@@ -170,7 +170,7 @@ class SparseCode:
     def by_latent(self, n_latents: int) -> ByLatent:
         """Return the entries grouped by latent."""
         firsts, order = group_by_latent(self.latents, n_latents)
-        return ByLatent(firsts, self.token_ids()[order], order)
+        return ByLatent(firsts, self.token_ids().index_select(0, order), order)
 
     def relu(self) -> "SparseCode":
         """Return the code with negative values set to zero."""
