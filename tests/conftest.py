@@ -322,7 +322,7 @@ def stopped_after():
 @pytest.fixture
 def no_page(monkeypatch):
     """Leave out the drawing of reports' pages: of evaluations this small, it is the larger part."""
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+    monkeypatch.setattr("sparsary.eval.report.candidate.render_file", lambda path: path.with_suffix(".html"))
 
 
 @pytest.fixture(scope="session")

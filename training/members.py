@@ -34,10 +34,10 @@ from .recipe import DictionarySection, Recipe, dump_recipe
 from .recipe.schema import total_steps
 from .report import TrainingLog
 from .resolve_hooks import dictionary_arguments
-from .start_source import StartSource
 from .state import Logged, Randomness, TrainState
 from .versions import git_commit, own_version
-from .warm_start import warm_start
+from .warm_start.begin import warm_start
+from .warm_start.source import StartSource
 
 log = logging.getLogger(__name__)
 

@@ -97,6 +97,8 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
         try:
             if member.source is not None and not assumed:
                 member.source.require_fit(recipe.dictionary, widths)
+            if member.source is not None and member.source.alignment is not None:
+                member.source.alignment.require_fit(recipe, member.source.dictionary)
             plan = _plan(recipe, widths, assumed, size)
             if first.vectors is not None:
                 plan = replace(plan, training_tokens=first.vectors.training_rows, vectors=tuple(first.vectors.lines()))

@@ -16,14 +16,15 @@ from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .activations.vector_files import VectorFiles
 from .content import Content
-from .mlp_start import mlp_source
-from .recipe import DictionarySection, ModelSection, Recipe, TextSection
+from .recipe import AlignSection, DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
 from .recipe.hook_names import theirs, unharvested
-from .recipe.schema import MLP_START
-from .start_source import StartSource, read_start, with_start
-from .transformer_lens_hooks import hooks_named, with_module_hooks
+from .recipe.start_schema import MLP_START
+from .transformer_lens_hooks import hooks_named, module_hook, with_module_hooks
+from .warm_start.alignment import StartAlignment, recorded_model, require_alignable
+from .warm_start.mlp import mlp_source
+from .warm_start.source import StartSource, read_start, with_start
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.
@@ -72,6 +73,10 @@ class ModelOutline:
     def content(self) -> Content:
         """Content digests of model and tokenizer, computed on first use."""
         return section_content(self.section) if self._given is None else self._given.content()
+
+    def tokenizer_content(self) -> str | None:
+        """Return the digest of the tokenizer: equal for tokenizers that give equal ids, special ones too."""
+        return self.content["tokenizer"]
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width of every hook; at ``assumed`` ones, the model's hidden size.
@@ -187,7 +192,7 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
                 section = recipe.dictionary
             if not section.resolved:
                 section = _named(section, outline.model)
-            section, source = with_start(recipe.model_copy(update={"dictionary": section}), _reader(outline))
+            section, source = with_start(recipe.model_copy(update={"dictionary": section}), _reader(recipe, outline))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
         else:
@@ -206,15 +211,44 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
     return found
 
 
-def _reader(outline: ModelOutline) -> Callable[[DictionarySection], StartSource]:
+def _reader(recipe: Recipe, outline: ModelOutline) -> Callable[[DictionarySection], StartSource]:
     """Return what reads a recipe's start: from files, or from the weights of the model."""
 
     def read(section: DictionarySection) -> StartSource:
         if section.start is None or section.start.path != MLP_START:
-            return read_start(section)
+            source = read_start(section)
+            align = None if section.start is None else section.start.align
+            return source if align is None else replace(source, alignment=_alignment(source, align, section, recipe, outline))
         return mlp_source(section, outline.model, lambda: outline.loaded_for(section.all_hooks))
 
     return read
+
+
+def _alignment(
+    source: StartSource, align: AlignSection, section: DictionarySection, recipe: Recipe, outline: ModelOutline
+) -> StartAlignment:
+    """Return the alignment of a start, by the model that its files record where the section names no source.
+
+    Raises:
+        ValueError: If no map can be folded into the dictionary, or its files record no model and none is named.
+    """
+    require_alignable(source.place, source.dictionary)
+    run_hooks = (section.hooks_in, section.hooks_out)
+    # Names of vectors that are no model's say nothing.
+    hooks = source.hooks if source.recorded and all(source.hooks) else run_hooks
+    found = StartAlignment(align, hooks, run_hooks, outline)
+    if align.store is not None or align.files or align.unpaired:
+        return found
+    model = None if align.model is None else ModelSection.model_validate(align.model.model_dump())
+    model = model or recorded_model(source.recorded, recipe.model)
+    if model is None:
+        raise ValueError(
+            f"dictionary.start.align: {source.place} does not record the model that it was trained on. Name it (align: MODEL), "
+            "its store or files, or choose align: unpaired."
+        )
+    own = ModelOutline(model)
+    named = (tuple(module_hook(own.model, hook) if theirs(hook) else hook for hook in side) for side in hooks)
+    return replace(found, own=own, hooks=(next(named), next(named)))
 
 
 def _named(section: DictionarySection, model: LanguageModel) -> DictionarySection:

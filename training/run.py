@@ -40,9 +40,9 @@ from .resolve_hooks import ResolvedRecipe, resolve_recipes
 from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
-from .start_source import StartSource
 from .training_plan import TrainingPlan
-from .warm_start import after_training
+from .warm_start.judge import after_training
+from .warm_start.source import StartSource
 
 log = logging.getLogger(__name__)
 ONE_RUN = OneRun()

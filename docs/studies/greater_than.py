@@ -21,8 +21,9 @@ import matplotlib.pyplot as plt
 import torch
 from results import write_results
 
+from sparsary.training.activations.insertions import Insertion, Intervention
 from sparsary.training.activations.model import LanguageModel, load_model
-from sparsary.training.activations.splice import Insertion, Intervention, model_spliced
+from sparsary.training.activations.splice import model_spliced
 from sparsary.training.embedded.corpus import task_prompts
 from sparsary.training.recipe import ModelSection
 from sparsary.transcoders import Stack, load_stack

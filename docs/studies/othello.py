@@ -333,8 +333,8 @@ HISTORY = ("step", "tokens", "loss", "legal_moves", "legal_mass", "passes_and_en
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/othello"), help="the folder of model/, and of all runs")
-    parser.add_argument("--latents", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=200_000, help="tokens that every dictionary is trained on")
+    parser.add_argument("--latents", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens that every dictionary is trained on")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--tables", action="store_true", help="tables and plot of the results that are there, nothing else")
     parser.add_argument("--factors", type=Path, help="only write 100 games for sparsary probe --factors to this file")

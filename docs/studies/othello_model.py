@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 LAYERS, WIDTH, HEADS = 4, 128, 8
-STEPS, BATCH = 1300, 64
+STEPS, BATCH = 8000, 64
 # Share of moves that are to be legal.
 GOAL = 0.995
 WARM_UP, DECAY = 100, 0.5

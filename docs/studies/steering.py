@@ -11,9 +11,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from results import write_results
 
 import sparsary
+from sparsary.eval.checkpoint import open_checkpoint
+from sparsary.eval.features.records import number
+from sparsary.eval.steer.codes import document_codes, selectivity
+from sparsary.eval.steer.task import steer_task, steered_subject
 from sparsary.sae.files import read_json
 from sparsary.training.embedded.bilingual import make_bilingual
 
@@ -33,6 +38,9 @@ KEPT = (
     "towards_kl",
     "ce",
 )
+DOCUMENTS = 1600
+# Of the comparison: how a latent is pooled, and over how many tokens.
+POOLED = [(pooling, piece) for pooling in ("max", "mean") for piece in (32, 64, 128, 256)]
 
 
 def steered(texts: Path, folder: Path, seed: int) -> dict[str, Any]:
@@ -42,8 +50,22 @@ def steered(texts: Path, folder: Path, seed: int) -> dict[str, Any]:
         sparsary.train(RECIPE, seed=seed, out_dir=str(run))
     path = run / "steer" / "steer.json"
     if not path.is_file():
-        sparsary.steer(run, texts / "second.jsonl", texts / "first.jsonl", neutral=neutral, seed=seed)
+        sparsary.steer(run, texts / "second.jsonl", texts / "first.jsonl", neutral=neutral, documents=DOCUMENTS, seed=seed)
     return read_json(path)
+
+
+def selectivities(texts: Path, run: Path, seed: int) -> list[dict[str, Any]]:
+    """Return the AUROCs of the ten most selective latents by pooling and length of the pieces, as ``steer`` reports them."""
+    subject = steered_subject(open_checkpoint(str(run)))
+    task = steer_task(subject, texts / "second.jsonl", texts / "first.jsonl", None, None, DOCUMENTS, seed)
+    halves = (task.towards.choosing, task.away_from.choosing, task.towards.reporting, task.away_from.reporting)
+    codes = [document_codes(subject, rows) for rows in halves]
+    rows = []
+    for pooling, piece in POOLED:
+        chosen_on, reported_on = (selectivity(a, b, pooling, piece) for a, b in (codes[:2], codes[2:]))
+        best = reported_on[np.argsort(-chosen_on, kind="stable")[:10]]
+        rows.append({"pooling": pooling, "piece": piece, "reached": int((best >= 0.99).sum()), "lowest": number(best.min())})
+    return rows
 
 
 def record(found: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -56,7 +78,7 @@ def record(found: dict[str, Any], seed: int) -> dict[str, Any]:
         row["name"]: [{key: point[key] for key in ("strength", "kl", "share", "token_share")} for point in row["points"]]
         for row in found["edits"]
     }
-    keys = ("classifier_accuracy", "most_selective", "directions", "clean", "documents")
+    keys = ("classifier_accuracy", "pooling", "lengths", "most_selective", "directions", "clean", "documents")
     return {"seed": seed, **{key: found[key] for key in keys}, "edits": edits, "curves": curves}
 
 
@@ -66,10 +88,15 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/steering"))
     arguments = parser.parse_args()
     texts = make_bilingual("runs/embedded/bilingual", report=print)
-    records = [record(steered(texts, arguments.out, seed), seed) for seed in range(arguments.seeds)]
+    records = []
+    for seed in range(arguments.seeds):
+        found = record(steered(texts, arguments.out, seed), seed)
+        records.append(found | {"selectivity": selectivities(texts, arguments.out / f"seed-{seed}", seed)})
     write_results(RESULTS, {"recipe": "recipes/steering/embedded.yaml", "most_kl": 0.05, "seeds": records})
     for each in records:
         aurocs = [row["auroc"] for row in each["most_selective"]]
         print(f"seed {each['seed']}: AUROC {min(aurocs):.4f} to {max(aurocs):.4f}")
+        for row in each["selectivity"]:
+            print(f"  {row['pooling']} over {row['piece']} tokens: {row['reached']} of ten, lowest {row['lowest']:.4f}")
         for name, edit in each["edits"].items():
             print(f"  {name:12} " + ("no strength within the budget" if edit is None else f"{edit}"))

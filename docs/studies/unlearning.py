@@ -402,12 +402,12 @@ def print_tables(rows: Sequence[Row]) -> None:
     arms = {
         key: [row for row in rows if (row["arm"], row["grain"]) == key] for row in rows if (key := (row["arm"], row["grain"]))
     }
-    print("| arm | weights | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
+    print("| arm | weights | " + " | ".join(columns).replace("_", " ") + " |\n|" + "---|" * (len(columns) + 2))
     for key, own in arms.items():
         cells = [shown([row.get(name) for row in own], places) for name, places in columns.items()]
         print(f"| {' | '.join(key)} | {' | '.join(cells)} |")
     compared = ("agreement", "others", "ce_rest_more", "ce_passages_more", "relearned")
-    print("\n| circuits less | weights | " + " | ".join(compared) + " |\n|" + "---|" * (len(compared) + 2))
+    print("\n| circuits less | weights | " + " | ".join(compared).replace("_", " ") + " |\n|" + "---|" * (len(compared) + 2))
     for grain in GRAINS:
         for other in (("uniform", "all weights"), ("random units", grain)):
             pairs = list(zip(arms["circuits", grain], arms[other], strict=True))

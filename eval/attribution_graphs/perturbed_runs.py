@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...sae.sparse_code import SparseCode
 from ...training.activations.architecture import Norm
-from ...training.activations.splice import Intervention, model_spliced
+from ...training.activations.insertions import Intervention
+from ...training.activations.splice import model_spliced
 from .graph import AttributionGraph
 from .local_replacement_model import LocalReplacement
 

@@ -17,7 +17,7 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.one_site import OneSiteDictionary
 from ...sae.sparse_code import SparseCode
 from ...training.activations.architecture import Architecture
-from ...training.activations.splice import Insertion, TokenPlace
+from ...training.activations.insertions import Insertion, TokenPlace
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.stack import Stack, hooks_of_provenance
 from ...transcoders.transcoder import Transcoder

@@ -38,6 +38,10 @@ def _steer(
     latents: Annotated[int, typer.Option(help="Number of latents to raise, and at most to set to zero.")] = 10,
     most_kl: Annotated[float, typer.Option(help="Largest KL on neutral text (nats per token) of a chosen strength.")] = 0.05,
     documents: Annotated[int, typer.Option(help="Documents to read of each text, at most.")] = 400,
+    pooling: Annotated[
+        str, typer.Option(help="Value of a latent in a piece of text, for its selectivity: mean or max over tokens.")
+    ] = "mean",
+    piece: Annotated[int, typer.Option(help="Tokens of such a piece; documents are joined.")] = 128,
     out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/steer.")] = None,
     export: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write the vector of the raised latents, for vLLM-Lens.")
@@ -66,6 +70,8 @@ def _steer(
         latents,
         most_kl,
         documents,
+        pooling,
+        piece,
         export,
         seed,
         replace(options, format=format),

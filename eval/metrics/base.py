@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...sae import SparseCode, SparseDictionary
+from ...training.activations.insertions import Insertion
 from ...training.activations.model import LanguageModel
-from ...training.activations.splice import Insertion, model_spliced
+from ...training.activations.splice import model_spliced
 from ..bootstrap import ByDocument
 from .inference import DEFAULT_INFERENCE, InferenceMode
 from .model_outputs import ModelOutputs, Predictions

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from ...sae.files import read_json, write_text
 from .document import ENVIRONMENT
+from .probing import TASKS
 
 # Page -> places of its HTML file within a run, the default first.
 PLACES = {
@@ -127,6 +128,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
         words += ["--labels", result["labels"]] if result.get("labels") else []
         words += ["--vectors", result["vectors"]] + ["--center"] * result["center"] if result.get("vectors") else []
         words += ["--difference-sae"] if result.get("difference_sae_asked") else []
+        words += _probing_options(result) if label == "probing" else []
         words += _steer_options(result) if label == "steer" else []
     elif label == "select" and checkpoint:
         words += ["select", checkpoint, "--pool", result["pool"], "--like", result["like"]]
@@ -158,13 +160,30 @@ def command(label: str, result: Mapping[str, Any]) -> str:
     return shlex.join(map(str, words))
 
 
+def _probing_options(result: Mapping[str, Any]) -> list[Any]:
+    # Without names, every task is tried, and those that could not run are in the result, too.
+    tried = [task for task in TASKS if f"{task}_done" in result]
+    words = [word for task in tried for word in ("--task", task)] if len(tried) < len(TASKS) else []
+    return [*words, "--factors", result["factor_file"]] if result.get("factor_file") else words
+
+
 def _steer_options(result: Mapping[str, Any]) -> list[Any]:
     words = ["--towards", result["towards"], "--from", result["from"]]
     words += ["--neutral", result["neutral"]] if result.get("neutral") else []
     words += ["--tokens", ",".join(result["tokens_given"])] if result.get("tokens_given") else []
     words += [word for prompt in result.get("prompts_given") or () for word in ("--prompt", prompt)]
     words += ["--strengths", ",".join(f"{each:g}" for each in result["strengths"])] if result.get("strengths") else []
-    return [*words, "--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
+    words += ["--latents", result["latents_asked"], "--most-kl", result["most_kl"]]
+    if result.get("documents_asked"):
+        words += [
+            "--documents",
+            result["documents_asked"],
+            "--pooling",
+            result["pooling"],
+            "--piece",
+            result["lengths"]["piece"],
+        ]
+    return words
 
 
 def _named_models(result: Mapping[str, Any]) -> list[str]:

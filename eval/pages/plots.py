@@ -279,6 +279,9 @@ def plain_log_ticks(axis: Axis) -> None:
         ticks = [tick for e in exponents for step in steps if low <= (tick := step * 10.0**e) <= high]
         if len(ticks) >= 3:
             break
+    else:
+        # A range within a factor of about two is nearly linear.
+        ticks = [tick for tick in MaxNLocator(LOG_TICKS - 1).tick_values(low, high) if low <= tick <= high]
     axis.set_major_locator(FixedLocator(ticks[:: 1 + (len(ticks) - 1) // LOG_TICKS]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.set_minor_locator(NullLocator())

@@ -66,7 +66,7 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
             "encoder": encoder_label(found.get("encoder")),
             "checkpoint": found.get("checkpoint"),
             "labels": found.get("labels") or "embedded corpus",
-            "factors": found.get("factor_file"),
+            **({"factors": found["factor_file"]} if found.get("factor_file") else {}),
             "seed": found.get("seed"),
         },
         tiles=probing_tiles(found),

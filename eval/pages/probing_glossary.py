@@ -35,7 +35,7 @@ TILES = (
         "bottleneck",
         "with {bottleneck_concepts} concepts a class; dense probe {bottleneck_dense_accuracy}",
     ),
-    ("bottleneck_zeroed_own", "recall lost, one zeroed", "the other classes lose {bottleneck_zeroed_others}"),
+    ("bottleneck_zeroed_own", "recall lost, one zeroed", "by the other classes {bottleneck_zeroed_others}; below 0: gained"),
     ("scr_metric_threshold_10", "SCR, 10 latents", "part of the gap that is closed"),
     ("tpp_threshold_10_total_metric", "TPP, 10 latents", "intended less unintended drop"),
     ("absorption_mean_absorption_fraction_score", "absorption score", "mean over labels, as in SAEBench"),

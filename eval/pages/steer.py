@@ -1,5 +1,6 @@
 """Page of a contrast steering, without scripts: curves, edits, latents and samples."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,10 +80,10 @@ def render_steer(found: Found, features: str | None = None) -> str:
     }
     return document(
         "steer.html",
-        f"sparsary steer \u00b7 {found['towards']}",
+        f"sparsary steer \u00b7 {Path(found['towards']).name}",
         ("table.css", "steer.css"),
         command="steer",
-        heading=f"Towards {found['towards']}, from {found['from']}",
+        heading=f"Towards {Path(found['towards']).name}, from {Path(found['from']).name}",
         shape=f"{found['n_latents']:,} latents \u00b7 {encoder_label(found['encoder'])}",
         facts=facts,
         tiles=_tiles(found),
@@ -101,7 +102,7 @@ def render_steer(found: Found, features: str | None = None) -> str:
             ),
             plot_card(
                 "Selectivity of latents",
-                "AUROC of the largest activation in a document, on the reporting halves. Silent latents are left out.",
+                f"AUROC of the {pooled_words(found)}, on the reporting halves. Silent latents are left out.",
                 lambda ax: bars(ax, found["selectivity"], (0.0, 1.0), "AUROC"),
                 SIZE,
             ),
@@ -115,6 +116,7 @@ def render_steer(found: Found, features: str | None = None) -> str:
         rows=edit_rows(found),
         most_kl=show(found["most_kl"]),
         lengths=lengths,
+        pooled=pooled_words(found),
         selective=found["most_selective"],
         directions=found["directions"],
         latents=latents,
@@ -129,6 +131,12 @@ def render_steer(found: Found, features: str | None = None) -> str:
 def neutral_words(found: Found) -> str:
     """Return the text on which the cost is measured."""
     return found["neutral"] or f"{found['towards']} (no neutral text was given)"
+
+
+def pooled_words(found: Found) -> str:
+    """Return the value whose AUROC is a latent's selectivity."""
+    kind = "mean" if found["pooling"] == "mean" else "largest"
+    return f"{kind} activation over {found['lengths']['piece']} tokens"
 
 
 def groups_of(found: Found) -> dict[str, list[dict[str, Any]]]:
@@ -171,8 +179,8 @@ def edit_rows(found: Found) -> list[SteerRow]:
     for name, members in groups_of(found).items():
         point, (label, meaning) = chosen_figures(members, found), EDITS[name]
         chosen = [row for row in members if row["chosen"]]
-        strength = "none" if not chosen else "-" if name == "prefix" else show(point["strength"], digits=3)
         many = len(members) > 1
+        strength = "-" if name == "prefix" else _strengths([row["chosen"]["strength"] for row in chosen], len(members))
         shares = sorted((row["chosen"] or found["clean"])["share"] for row in members)
         interval = f"draws {show(shares[0])} to {show(shares[-1])}" if many else _interval(point, "share")
         rose = None if point["ce"] is None or point["ce_clean"] is None else point["ce"] - point["ce_clean"]
@@ -191,6 +199,14 @@ def edit_rows(found: Found) -> list[SteerRow]:
             )
         )
     return rows
+
+
+def _strengths(chosen: list[float], draws: int) -> str:
+    """Return the range of chosen strengths, and the number of draws without one."""
+    if not chosen:
+        return "none"
+    ends = dict.fromkeys(show(strength, digits=3) for strength in (min(chosen), max(chosen)))
+    return "\u2013".join(ends) + (f", {draws - len(chosen)} none" if len(chosen) < draws else "")
 
 
 def _interval(point: dict[str, float | None], key: str) -> str:
@@ -279,7 +295,6 @@ def _front(ax: Axes, found: Found) -> str | None:
             words.append(f"{label} from {show(y[0], digits=3)} to {show(y[-1], digits=3)}")
     ax.axvline(found["most_kl"], color=MUTED, linestyle="--", linewidth=1)
     ax.set_xscale("log")
-    plain_log_ticks(ax.xaxis)
     plain_log_ticks(ax.xaxis)
     ax.set(xlabel="KL divergence on neutral text, nats per token", ylabel="continuations steered", ylim=(-0.03, 1.03))
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)

@@ -9,7 +9,7 @@ version: adding a group, or raising one group's version, leaves the other entrie
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -110,3 +110,13 @@ def content_of(weights: str, config: dict[str, Any], selection: str, tokens: int
         "selection": selection,
         "tokens": tokens,
     }
+
+
+def merged_entries(parts: Iterable[GroupResult]) -> dict[str, Any]:
+    """Merge the entries of all groups; ``reasons`` explains every ``None``."""
+    found: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for part in parts:
+        found |= part.entries
+        reasons |= part.reasons
+    return found | {"reasons": reasons}

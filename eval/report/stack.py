@@ -14,8 +14,9 @@ from ...sae import SparseCode, SparseDictionary
 from ...sae.files import write_json
 from ...sae.metrics import Moments
 from ...sae.training_usage import TrainingUsage
+from ...training.activations.insertions import Insertion, TokenPlace, latents_at
 from ...training.activations.model import LanguageModel
-from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
+from ...training.activations.splice import model_spliced
 from ...training.stages import stage
 from ...transcoders.crosscoder import Crosscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions

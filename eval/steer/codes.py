@@ -33,12 +33,18 @@ class DocumentCodes:
     position_sums: Float[np.ndarray, "positions d"]
     position_counts: Int[np.ndarray, " positions"]
 
-    def pooled(self) -> Float[np.ndarray, "documents n_latents"]:
-        """Return the largest value of every latent in every document."""
-        found = np.zeros((int(self.documents.max()) + 1, self.codes.shape[1]), dtype=np.float32)
-        rows = np.repeat(self.documents, np.diff(self.codes.indptr))
-        np.maximum.at(found, (rows, self.codes.indices), self.codes.data)
-        return found
+    def pooled(self, pooling: str, piece: int) -> Float[np.ndarray, "pieces n_latents"]:
+        """Return the mean or the largest value of every latent in every piece of ``piece`` tokens.
+
+        Documents are joined in their order, so that all pieces are equally long; tokens left over at the end are dropped.
+        """
+        pieces = len(self.documents) // piece
+        # Codes are in the order of batches, which hold documents of similar length.
+        codes = self.codes[np.argsort(self.documents, kind="stable")[: pieces * piece]]
+        found = np.zeros((pieces, codes.shape[1]), dtype=np.float32)
+        rows = np.repeat(np.arange(pieces * piece) // piece, np.diff(codes.indptr))
+        (np.add if pooling == "mean" else np.maximum).at(found, (rows, codes.indices), codes.data)
+        return found / piece if pooling == "mean" else found
 
     def means(self) -> Float[np.ndarray, " n_latents"]:
         """Return the mean value of every latent over tokens."""
@@ -90,12 +96,12 @@ def _encoded(subject: ProbeTarget, x: Float[torch.Tensor, "tokens d"]) -> sparse
     return sparse.csr_array(sparse.coo_array(entries, shape=(len(x), subject.dictionary.n_latents)))
 
 
-def selectivity(towards: DocumentCodes, away_from: DocumentCodes) -> Float[np.ndarray, " n_latents"]:
-    """Return the AUROC of every latent's largest value in a document, with documents of the first text as positives.
+def selectivity(towards: DocumentCodes, away_from: DocumentCodes, pooling: str, piece: int) -> Float[np.ndarray, " n_latents"]:
+    """Return the AUROC of every latent's pooled value, with pieces of the first text as positives.
 
     0.5 for a latent that does not tell the two texts apart, or never fires.
     """
-    a, b = towards.pooled(), away_from.pooled()
+    a, b = (codes.pooled(pooling, piece) for codes in (towards, away_from))
     found = np.empty(a.shape[1])
     for start in range(0, a.shape[1], COLUMNS_AT_ONCE):
         some = slice(start, start + COLUMNS_AT_ONCE)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.splice import Insertion, Intervention, generate, model_spliced
+from ...training.activations.insertions import Insertion, Intervention
+from ...training.activations.splice import generate, model_spliced
 from ..probing.subject import ProbeTarget
 
 

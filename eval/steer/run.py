@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...sae.files import write_json
+from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
@@ -21,6 +22,7 @@ from ..features.records import number
 from ..pages.examples import example_of, features_files, records_of
 from ..pages.render import render_file
 from ..result import Report
+from ..select.pooled import POOLINGS
 from .codes import DocumentCodes, document_codes, position_differences, record_of, selectivity, spectrum
 from .edits import FIRST, NO_EDIT, Edit, random_edit
 from .export import export_vector, require_exportable
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 STEER_FILE, STEER_VERSION = "steer.json", 1
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DOCUMENTS, LATENTS, MOST_KL = 400, 10, 0.05
+POOLING, PIECE = "mean", 128
+# Pieces are shorter where a half of a text has fewer than this many.
+FEWEST_PIECES = 20
 # Latents of each kind whose effect is measured, the most selective ones.
 CANDIDATES = 100
 # Latents with less than this share of the largest effect are not raised.
@@ -62,6 +67,8 @@ def steer(
     latents: int = LATENTS,
     most_kl: float = MOST_KL,
     documents: int = DOCUMENTS,
+    pooling: str = POOLING,
+    piece: int = PIECE,
     export: str | Path | None = None,
     seed: int = 0,
     options: CheckpointOptions = NO_OPTIONS,
@@ -89,6 +96,8 @@ def steer(
         latents: Number of latents to raise, and at most as many to set to zero.
         most_kl: Largest KL divergence on neutral text, in nats per token, at which a strength may be chosen.
         documents: Number of documents to read of each text at most.
+        pooling: A latent's value in a piece of text, of which its selectivity is the AUROC: ``mean`` or ``max`` over tokens.
+        piece: Length of these pieces in tokens, for which documents are joined; shorter if the texts have too few tokens.
         export: File for the vector (.safetensors) at the chosen strength.
         seed: Seed of the halves, random latents and samples.
         model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
@@ -96,7 +105,8 @@ def steer(
     Raises:
         ValueError: If the checkpoint is no SAE or its model is unknown, a text cannot be used, or a token does not exist.
     """
-    strengths = _checked(strengths, latents, most_kl, documents, seed)
+    strengths = _checked(strengths, latents, most_kl, documents, piece, seed)
+    require_choice("--pooling", pooling, POOLINGS)
     opened = of_one_model(open_checkpoint(checkpoint, with_model(options, model, tokenizer)), "sparsary steer")
     subject = steered_subject(opened)
     layer = None if export is None else require_exportable(subject, Path(export))
@@ -104,7 +114,7 @@ def steer(
     prompts = list(prompts)
     given = [torch.tensor([given_prompt_ids(task, prompt)]) for prompt in prompts]
     directory = Path(out) if out is not None else opened.results / "steer"
-    entries, edits = steer_entries(task, given, strengths, latents, most_kl)
+    entries, edits = steer_entries(task, given, strengths, latents, most_kl, pooling, piece)
     _enter_labels(opened, entries["latents"])
     head = {
         "steer_version": STEER_VERSION,
@@ -121,6 +131,8 @@ def steer(
         "strengths": list(strengths),
         "latents_asked": latents,
         "most_kl": most_kl,
+        "documents_asked": documents,
+        "pooling": pooling,
         "seed": seed,
     }
     entries = head | entries
@@ -143,11 +155,14 @@ def _enter_labels(opened: LoadedCheckpoint, rows: Sequence[dict[str, Any]]) -> N
         row["label"] = example_of(record).words if record else ""
 
 
-def _checked(strengths: Sequence[float], latents: int, most_kl: float, documents: int, seed: int) -> tuple[float, ...]:
+def _checked(
+    strengths: Sequence[float], latents: int, most_kl: float, documents: int, piece: int, seed: int
+) -> tuple[float, ...]:
     found = tuple(sorted({float(strength) for strength in strengths}))
     if not found or found[0] <= 0 or not np.isfinite(found).all():
         raise ValueError(f"--strengths: expected numbers above 0, got {', '.join(map(str, strengths)) or 'none'}.")
-    for name, value, least in (("latents", latents, 1), ("documents", documents, 20), ("seed", seed, 0)):
+    counts = ("latents", latents, 1), ("documents", documents, 20), ("piece", piece, 1), ("seed", seed, 0)
+    for name, value, least in counts:
         if value < least:
             raise ValueError(f"--{name}: expected at least {least}, got {value}.")
     if not most_kl > 0:
@@ -160,7 +175,13 @@ def _named(text: Text) -> str:
 
 
 def steer_entries(
-    task: SteerTask, given: Sequence[Tensor], strengths: Sequence[float], latents: int, most_kl: float
+    task: SteerTask,
+    given: Sequence[Tensor],
+    strengths: Sequence[float],
+    latents: int,
+    most_kl: float,
+    pooling: str,
+    piece: int,
 ) -> tuple[dict[str, Any], dict[str, Edit]]:
     """Return the measured entries of ``steer.json``, and the edits by name."""
     subject = task.subject
@@ -169,7 +190,8 @@ def steer_entries(
         for rows in (task.towards.choosing, task.away_from.choosing, task.towards.reporting, task.away_from.reporting):
             codes.append(document_codes(subject, rows))
             shown.update(len(codes))
-    chosen_on, reported_on = selectivity(codes[0], codes[1]), selectivity(codes[2], codes[3])
+    piece = max(1, min(piece, *(len(each.documents) // FEWEST_PIECES for each in codes)))
+    chosen_on, reported_on = (selectivity(a, b, pooling, piece) for a, b in (codes[:2], codes[2:]))
     words = token_texts(subject.model.tokenizer, len(subject.model.tokenizer))
     effects = _effects(task, codes[0], codes[1], chosen_on)
     edits, roles = _edits(task, codes, effects, latents)
@@ -183,7 +205,7 @@ def steer_entries(
         "target_tokens": _token_entries(task.sets.target, codes[2], words),
         "contrast_tokens": _token_entries(task.sets.contrast, codes[3], words),
         "classifier_accuracy": number(task.classifier.accuracy),
-        "lengths": {"prompt": task.sizes.prompt, "new": task.sizes.new, "prefix": task.sizes.prefix},
+        "lengths": {"prompt": task.sizes.prompt, "new": task.sizes.new, "prefix": task.sizes.prefix, "piece": piece},
         "selectivity": _histogram(reported_on[codes[2].firings() + codes[3].firings() > 0]),
         "most_selective": [
             {"latent": int(latent), "auroc_choosing": number(chosen_on[latent]), "auroc": number(reported_on[latent])}

@@ -55,7 +55,7 @@ def _bench_truth(
     variants = [{}, *(parse_overrides(keys.split()) for keys in variant or [])]
     families = [require_choice("--family", name, tuple(ENCODERS)) for name in family or ["batch_topk", "matryoshka"]]
     arms = [Arm(name, {**shared, **keys}) for name in families for keys in variants]
-    with stage("bench truth", len(arms) * seeds, "dictionaries") as shown:
+    with stage("bench truth", len(arms) * seeds, "runs") as shown:
         report = bench_truth(chosen, arms, seeds, scored, None if out is None else Path(out), shown.update)
     for title, head, rows in truth_tables(report):
         print(f"\n{title}")

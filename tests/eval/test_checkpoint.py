@@ -210,7 +210,7 @@ def test_ours_say_everything_themselves(trained, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(trained, monkeypatch):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.os.access", lambda path, mode: False)
+    monkeypatch.setattr("sparsary.eval.report.candidate.os.access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"--out: required, because .*right cannot be written to"):
         evaluate(str(trained / "right"))
     file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")

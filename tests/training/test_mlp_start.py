@@ -9,11 +9,11 @@ import torch
 import sparsary
 from sparsary.sae.metrics import fvu
 from sparsary.training.activations.tensor_stream import TensorStream
-from sparsary.training.mlp_start import mlp_source
 from sparsary.training.recipe import check_recipe
 from sparsary.training.recipe.schema import DictionarySection
-from sparsary.training.start_source import with_start
-from sparsary.training.warm_start import warm_start
+from sparsary.training.warm_start.begin import warm_start
+from sparsary.training.warm_start.mlp import mlp_source
+from sparsary.training.warm_start.source import with_start
 
 TOKENS = 3000
 HOOKS = {"gpt2": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp", "llama": "model.layers.1.mlp"}

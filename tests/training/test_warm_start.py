@@ -18,8 +18,8 @@ from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe, parse_yaml
 from sparsary.training.resolve_hooks import resolve_recipe
-from sparsary.training.start_source import read_start
-from sparsary.training.warm_start import warm_start
+from sparsary.training.warm_start.begin import warm_start
+from sparsary.training.warm_start.source import read_start
 from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder
 
 HOOK = "transformer.h.2:out"

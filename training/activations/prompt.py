@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...sae import SparseDictionary
-from .splice import Insertion, Intervention, latents_at
+from .insertions import Insertion, Intervention, latents_at
 
 # (dictionary, latent or latents, amount), the amount in the units of ``encode``.
 Steered = tuple[SparseDictionary, int | Sequence[int], float]

@@ -196,6 +196,16 @@ class TensorStream(ActivationStream):
         together = ActivationBatch.join(found) if found else self.sample(1).rows(slice(0))
         return ActivationBatch(together.x, together.target)
 
+    def first(self, tokens: int) -> Tensor:
+        """Return up to ``tokens`` first rows of the inputs as they are, with those that are not finite."""
+        found: list[Tensor] = []
+        for number, item in self._from(0, tokens)[1]:
+            found.append(item["x"])
+            self._sampled_to = _Sampled(sum(map(len, found[:-1])), number, item)
+            if sum(map(len, found)) >= tokens:
+                break
+        return torch.cat(found)[:tokens]
+
     def _from(self, skip: int, tokens: int) -> tuple[int, Iterator[tuple[int, dict[str, Tensor]]]]:
         """Return numbered items and the tokens before them; consecutive samples read an iterable once, not from its start."""
         if self.once:

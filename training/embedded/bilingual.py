@@ -40,7 +40,7 @@ BATCH_DOCUMENTS, BATCHES_SORTED = 32, 8
 LR = 1e-3
 # Of the new embeddings around those of their twins, relative to the standard deviation of the old ones.
 NOISE = 0.5
-CORPUS_DOCUMENTS, TEXT_DOCUMENTS = 14_000, 400
+CORPUS_DOCUMENTS, TEXT_DOCUMENTS = 14_000, 1600
 
 
 class BilingualDocument(NamedTuple):

@@ -20,22 +20,23 @@ from .encoder_checks import check_encoder, encoder_specs
 from .fields import Role
 from .messages import explain
 from .model_pair import with_pair
+from .model_schema import ModelSection, TunedSection
 from .schema import (
     DictionarySection,
     ExcludeSection,
     HarvestSection,
-    ModelSection,
     PhaseSection,
     Recipe,
-    TunedSection,
     calibrated_on,
     peak_lr,
     total_steps,
 )
+from .start_schema import AlignSection
 from .text_schema import ChatSection, MixPart, TextSection, TextSource
 from .validation import check_together
 
 __all__ = [
+    "AlignSection",
     "ChatSection",
     "DictionarySection",
     "ExcludeSection",

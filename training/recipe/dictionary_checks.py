@@ -1,7 +1,8 @@
 """Validation of the section ``dictionary``: its kind, its hooks and what they exclude."""
 
 from .hook_names import check_hook
-from .schema import MLP_START, DictionarySection
+from .schema import DictionarySection
+from .start_schema import MLP_START, AlignSection
 
 # Keys that only some kinds of dictionary have, in the order in which mistakes are reported.
 KINDS_WITH = {
@@ -105,7 +106,7 @@ def check_start(section: DictionarySection) -> list[str]:
         given = {*section.start.model_fields_set, "path"} - {"path", "new_latents"}
         if section.start.path == MLP_START and given:
             return [f"dictionary.start.{min(given)}: expected none with path mlp, which reads no files. Leave it out."]
-        return []
+        return [] if section.start.align is None else _check_align(section, section.start.align)
     problems = [
         f"dictionary.{key}: required, but missing." for key in ("n_latents", "encoder") if getattr(section, key) is None
     ]
@@ -114,4 +115,30 @@ def check_start(section: DictionarySection) -> list[str]:
             f"dictionary.row_norm: expected null without dictionary.start, got {section.row_norm!r}. Leave it out: new "
             "dictionaries are trained on inputs that are divided by one scale."
         )
+    return problems
+
+
+def _check_align(section: DictionarySection, align: AlignSection) -> list[str]:
+    """Check that one source of the map is given, and that the kind of dictionary can be mapped."""
+    if section.kind not in ("sae", "transcoder"):
+        return [
+            f"dictionary.start.align: expected null with kind {section.kind}, whose latents read or write several activations "
+            "that one map does not move, got a section. Leave it out."
+        ]
+    sources = {
+        "model": align.model is not None,
+        "store": align.store is not None,
+        "files": bool(align.files),
+        "unpaired": align.unpaired,
+    }
+    given = [key for key, there in sources.items() if there]
+    if len(given) > 1:
+        return [f"dictionary.start.align: expected one of {', '.join(sources)}, got {' and '.join(given)}. Give one."]
+    problems = [
+        f"dictionary.start.align.{key}: expected it with kind sae only, got kind {section.kind}. Give a model."
+        for key in ("files", "unpaired")
+        if key in given and section.kind != "sae"
+    ]
+    if align.column is not None and not align.files:
+        problems.append("dictionary.start.align.column: expected null without files. Leave it out.")
     return problems

@@ -23,61 +23,9 @@ from .fields import (
     Share,
     Token,
 )
+from .model_schema import ModelSection
+from .start_schema import StartSection, start_section
 from .text_schema import TextSection
-
-
-class TunedSection(Section):
-    """Fine-tuned model, run on the token ids of the first: its hooks are ``tuned/HOOK``, those of the first ``base/HOOK``.
-
-    Keys that ``models: [BASE, TUNED]`` leaves out for the tuned model are those of the base.
-    """
-
-    id: Place = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
-    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision the model runs in")
-    device: str = Field(default="auto", description="'auto' uses a GPU if there is one")
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
-        default=None,
-        description="how accelerate spreads a model over several GPUs, and over main memory and disk where they are too small; "
-        "null: all of it on device, which the dictionary is on in any case",
-    )
-    quantization: Literal["8bit", "4bit"] | None = Field(
-        default=None,
-        description="load weights in 8 bits (LLM.int8) or 4 (NF4), with bitsandbytes; the activations are then those of the "
-        "quantized model, and stores and results are kept apart from those of the original. null: as dtype says",
-    )
-    adapter: Place | None = Field(
-        default=None,
-        description="directory of a PEFT adapter (LoRA and others) for the model's weights; part of its identity; needs peft",
-    )
-    adapter_mode: Literal["merged", "active"] = Field(
-        default="merged", description="merged: added to the weights; active: computed beside them, as in fine-tuning"
-    )
-    truncate: Literal["auto", "never"] = Field(
-        default="auto",
-        description="auto: where only activations are read, load no blocks after the last hook; never: always the whole model",
-    )
-    trust_remote_code: bool = Field(
-        default=False,
-        description="run Python code from the model's repository; it has your permissions on this machine, so read it first",
-    )
-
-
-class ModelSection(TunedSection):
-    """Language model whose activations are studied."""
-
-    tuned: TunedSection | None = Field(
-        default=None,
-        description="second model, compared with this one on the same token ids; `models: [BASE, TUNED]` is short for both",
-    )
-
-    @property
-    def pair(self) -> "tuple[ModelSection, ModelSection] | None":
-        """Sections of the base and the tuned model; ``None`` for one model."""
-        if self.tuned is None:
-            return None
-        tuned = ModelSection.model_validate(self.tuned.model_dump())
-        return self.model_copy(update={"tuned": None}), tuned
 
 
 class ExcludeSection(Section):
@@ -152,42 +100,6 @@ class HarvestSection(Section):
     max_bad_share: Share = Field(default=0.01, description="on_bad_row skip: stop if a larger share of tokens is bad")
 
 
-# Start of a transcoder that is no saved dictionary.
-MLP_START = "mlp"
-
-
-class StartSection(Section):
-    """Saved dictionary that training starts from (warm start); ``start: PATH`` alone gives its path."""
-
-    path: Place = Field(
-        description="checkpoint, stack, or another library's files: a directory, a file, or a Hub repository; mlp: the neurons "
-        "of the MLP that a transcoder replaces (a directory of that name: ./mlp)"
-    )
-    hook: str | None = Field(
-        default=None, description="which dictionary, if there are several; null: that of the recipe's hook"
-    )
-    subfolder: str | None = Field(default=None, description="folder of the directory or repository")
-    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
-    format: str | None = Field(default=None, description="format of the files; null: detected")
-    k: Positive | None = Field(default=None, description="latents per token, if the files do not record it")
-    scale: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=None, description="input scale, if the files do not record it"
-    )
-    threshold: float | None = Field(default=None, description="value that latents must exceed, if the files do not record it")
-    subtract_b_dec: bool | None = Field(
-        default=None, description="subtract b_dec from the input; needed where versions of a library differ"
-    )
-    new_latents: Literal["error", "data"] = Field(
-        default="error",
-        description="directions of latents beyond those of the start; error: errors of the start on the initial sample; data: "
-        "centered activations",
-    )
-
-
-def _start(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
 class DictionarySection(Section):
     """Dictionary to train, and its hooks: given directly, or by ``layer`` and ``site``.
 
@@ -220,7 +132,7 @@ class DictionarySection(Section):
         description="cross_layer_transcoder: topk selects n_layers x k latents among those of all layers; relu and jumprelu "
         "reach target_l0 on average over layers, with one penalty weight",
     )
-    start: Annotated[StartSection | None, BeforeValidator(_start)] = Field(
+    start: Annotated[StartSection | None, BeforeValidator(start_section)] = Field(
         default=None, description="train a saved dictionary further, on this recipe's activations; null: train a new one"
     )
     n_latents: Positive | None = Field(

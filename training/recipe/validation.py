@@ -66,7 +66,11 @@ def check_together(recipe: Recipe) -> list[str]:
 def _check_files(recipe: Recipe) -> list[str]:
     """Check the keys that a recipe on files of vectors cannot have: what only a language model gives."""
     harvest, kind = recipe.harvest, recipe.dictionary.kind
-    needs = [spec["name"] for spec in recipe.encoders if spec["name"] in ENCODERS and ENCODERS[spec["name"]].needs_gradient]
+    # The encoder of a start is not known yet.
+    named = [
+        spec["name"] for spec in (recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)) if spec is not None
+    ]
+    needs = [name for name in named if name in ENCODERS and ENCODERS[name].needs_gradient]
     unfit = {
         "dictionary.kind": ("sae", None if kind == "sae" else kind, "vectors have no targets"),
         "dictionary.encoder.name": ("one that needs no gradients", needs[0] if needs else None, "vectors have none"),

@@ -137,7 +137,7 @@ def calls(monkeypatch):
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
     watch(run_module, "harvest_activations", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+    monkeypatch.setattr("sparsary.eval.report.candidate.render_file", lambda path: path.with_suffix(".html"))
     return seen
 
 

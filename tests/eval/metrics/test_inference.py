@@ -35,7 +35,7 @@ def gradient_run(tmp_path_factory):
 def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     # One page is looked at.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+        patch.setattr("sparsary.eval.report.candidate.render_file", lambda path: path.with_suffix(".html"))
         usual = evaluate(str(gradient_run))
     oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=InferenceMode(oracle=True))
     assert usual["selection"] == "per token"

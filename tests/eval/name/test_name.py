@@ -17,7 +17,7 @@ from sparsary.sae.files import read_json
 
 @pytest.fixture(scope="module")
 def towers(load_beside):
-    return load_beside("two_towers")
+    return load_beside("../docs/studies/two_towers")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from sparsary.eval.pages.links import command
+from sparsary.eval.pages.probing import TASKS
 from sparsary.eval.pages.render import render_file
 
 LATENT = {
@@ -129,4 +130,8 @@ def test_commands_are_made_of_the_settings():
     graph = {"transcoders": "runs/t", "prompt": "it's here"}
     assert command("graph", graph) == "sparsary circuits runs/t --prompt 'it'\"'\"'s here'"
     assert command("probing", {"checkpoint": "d", "labels": "x.jsonl", "seed": 0}) == "sparsary probe d --labels x.jsonl"
+    some = {"checkpoint": "d", "factors_done": True, "bottleneck_done": True, "factor_file": "f.jsonl"}
+    assert command("probing", some) == "sparsary probe d --task factors --task bottleneck --factors f.jsonl"
+    every = {"checkpoint": "d"} | {f"{task}_done": task != "scr" for task in TASKS}
+    assert command("probing", every) == "sparsary probe d"
     assert command("comparison", {"families": []}) == command("report", {}) == ""

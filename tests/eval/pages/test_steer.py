@@ -56,12 +56,14 @@ FOUND = {
     "strengths": [1.0, 2.0],
     "latents_asked": 10,
     "most_kl": 0.05,
+    "documents_asked": 400,
+    "pooling": "mean",
     "seed": 3,
     "documents": {"towards": 400, "from": 400},
     "target_tokens": SET,
     "contrast_tokens": SET,
     "classifier_accuracy": 0.9987,
-    "lengths": {"prompt": 12, "new": 20, "prefix": 24},
+    "lengths": {"prompt": 12, "new": 20, "prefix": 24, "piece": 128},
     "selectivity": [0] * 20 + [5] * 20,
     "most_selective": [{"latent": 17, "auroc_choosing": 0.999, "auroc": 0.9876}],
     "directions": {
@@ -124,6 +126,10 @@ def test_random_draws_are_one_row_and_an_edit_too_costly_leaves_the_model_as_it_
     rows = {each.name: each for each in edit_rows(values)}
     assert len(rows) == len(EDITS)
     assert (rows["random latents"].share, rows["random latents"].interval) == ("0.05", "draws 0.02 to 0.08")
+    assert rows["random latents"].strength == "1"
+    values["edits"].append(row("random_2", point(2.0, 0.1, 0.09), point(4.0, 0.2, 0.3), chosen=1))
+    values["edits"].append(row("random_3", point(1.0, 0.1, 0.09), chosen=None))
+    assert edit_rows(values)[2].strength == "1\u20134, 1 none"
     assert "no strength within the budget" in render_steer(values)
     assert (rows["difference in means"].strength, rows["difference in means"].share) == ("none", "0.02")
     assert rows["latents"].ce == "0.25"
@@ -135,7 +141,7 @@ def test_the_page_s_command_and_place(values, tmp_path):
     path.write_text(json.dumps(values))
     html = render_file(path).read_text()
     assert "sparsary steer runs/steering/embedded --towards second.jsonl --from first.jsonl --neutral numbers.jsonl" in html
-    assert "--strengths 1,2 --latents 10 --most-kl 0.05 --seed 3" in html
+    assert "--strengths 1,2 --latents 10 --most-kl 0.05 --documents 400 --pooling mean --piece 128 --seed 3" in html
     path.write_text(json.dumps({key: value for key, value in values.items() if key != "edits"}))
     with pytest.raises(ValueError, match="expected what sparsary steer writes, got a file without some of it"):
         render_file(path)

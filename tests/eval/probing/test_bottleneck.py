@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 import sparsary
+from sparsary.eval.pages.bottleneck import draw_path
 from sparsary.eval.pages.probing import render_probing
 from sparsary.eval.probing.bottleneck import bottleneck, bottleneck_table
 from sparsary.eval.probing.datasets import Pooled
@@ -15,7 +17,7 @@ from sparsary.eval.probing.datasets import Pooled
 
 @pytest.fixture(scope="module")
 def towers(load_beside):
-    return load_beside("two_towers")
+    return load_beside("../docs/studies/two_towers")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,18 @@ def test_labels_and_names_are_text_on_the_page():
     assert 'href="f.html#3"' in page
 
 
+@pytest.mark.parametrize(("concepts", "ticks"), [((1.15, 1.4), 4), ((1.7, 2.4), 4), ((1.0, 40.0), 3)])
+def test_a_path_of_any_length_has_ticks(concepts, ticks):
+    found = {"bottleneck_dense_accuracy": 1.0}
+    for step, value in enumerate(concepts, 1):
+        found |= {f"bottleneck_path_{step}_concepts": value, f"bottleneck_path_{step}_accuracy": 0.9}
+    ax = Figure().subplots()
+    draw_path(ax, found)
+    low, high = ax.get_xlim()
+    shown = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert len({f"{tick:.3g}" for tick in shown}) == len(shown) >= ticks
+
+
 def test_other_tasks_and_labels_of_vectors_are_refused(planted, tmp_path):
     _, run, _ = planted
     with pytest.raises(ValueError, match="--task scr: expected bottleneck, because this dictionary is of vectors"):
@@ -90,16 +104,7 @@ def test_other_tasks_and_labels_of_vectors_are_refused(planted, tmp_path):
 
 def test_from_images_to_named_concepts_by_training(towers, tmp_path):
     concepts = towers.write_towers(tmp_path, images=6000, orthonormal=False)
-    recipe = {
-        "harvest": {"files": [str(tmp_path / "images.npy")], "rows": str(tmp_path / "rows.jsonl"), "heldout": 0.1},
-        "dictionary": {"n_latents": 60, "encoder": {"name": "topk", "k": 3}, "init": "random"},
-        "tokens": 400_000,
-        "batch_tokens": 512,
-        "lr": 3e-3,
-        "dead_after_tokens": 20_000,
-        "out_dir": str(tmp_path / "run"),
-    }
-    run = sparsary.train(recipe)
+    run = towers.trained_sae(tmp_path)
     sae = sparsary.load(run)
     cosines = sae.atoms.detach().numpy() @ concepts.T
     latents, matched = linear_sum_assignment(-cosines)

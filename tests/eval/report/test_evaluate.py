@@ -94,7 +94,7 @@ def test_the_report_says_who_was_dead_when_training_ended(checkpoint, report):
 def test_the_model_s_own_sparsity_is_measured_without_passes_of_its_own(checkpoint, report, monkeypatch, no_page, tmp_path):
     from sparsary.eval import heldout
     from sparsary.eval.metrics.native_sparsity import NativeSparsity
-    from sparsary.eval.report import evaluate as suite
+    from sparsary.eval.report import on_model as suite
     from sparsary.training.activations.model import load_model
 
     assert "NewGELUActivation" in report["reasons"]["mlp_active_share"]
@@ -241,7 +241,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 
 
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog, no_page):
-    from sparsary.eval.report import evaluate as suite
+    from sparsary.eval.report import on_model as suite
 
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
@@ -273,7 +273,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
 
 
 def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path, no_page):
-    from sparsary.eval.report import evaluate as suite
+    from sparsary.eval.report import on_model as suite
 
     seen = []
 

@@ -11,7 +11,8 @@ from sparsary.eval.report.stack import ReplacedLayer, _reconstructed, judge_stac
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.files import read_json
-from sparsary.training.activations.splice import Insertion, model_spliced
+from sparsary.training.activations.insertions import Insertion
+from sparsary.training.activations.splice import model_spliced
 from sparsary.training.text import Cursor
 from sparsary.transcoders.cross_layer import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder

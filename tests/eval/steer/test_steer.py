@@ -237,6 +237,8 @@ def test_given_tokens_are_the_target(subject, texts):
         ({"tokens": ["abu", "cex"]}, r"--tokens: expected single tokens of the model, got 'cex'"),
         ({"tokens": []}, r"--tokens: expected at least one token, got none"),
         ({"strengths": (1, -2)}, r"--strengths: expected numbers above 0, got 1, -2"),
+        ({"pooling": "sum"}, r"--pooling: expected one of max, mean, got 'sum'"),
+        ({"piece": 0}, r"--piece: expected at least 1, got 0"),
         ({"latents": 0}, r"--latents: expected at least 1, got 0"),
         ({"most_kl": 0.0}, r"--most-kl: expected a number above 0"),
         ({"export": "vector.gguf"}, r"--export: expected a file ending in \.safetensors, got vector\.gguf"),

@@ -1,5 +1,7 @@
 """Selectivity, directions, frequent tokens and the classifier of `sparsary steer`, against direct computations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -21,14 +23,20 @@ def codes(seed, documents=12, tokens=5, latents=7, width=3):
     )
 
 
-def test_selectivity_is_the_auroc_of_the_largest_value():
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+def test_selectivity_is_the_auroc_of_pieces_of_joined_documents(pooling):
+    # 60 tokens are seven pieces of eight, across the ends of documents, and four tokens left over.
     a, b = codes(0), codes(1)
-    pooled = [each.codes.toarray().reshape(12, 5, 7).max(1) for each in (a, b)]
-    np.testing.assert_array_equal(a.pooled(), pooled[0])
-    labels = np.repeat([True, False], 12)
+    pooled = [getattr(each.codes.toarray()[:56].reshape(7, 8, 7), pooling)(1) for each in (a, b)]
+    np.testing.assert_allclose(a.pooled(pooling, 8), pooled[0], rtol=1e-6)
+    # Documents come in batches of similar length, not in their order.
+    order = np.concatenate([np.arange(30, 60), np.arange(30)])
+    shuffled = replace(a, codes=a.codes[order], documents=a.documents[order], token_ids=a.token_ids[order])
+    np.testing.assert_array_equal(shuffled.pooled(pooling, 8), a.pooled(pooling, 8))
+    labels = np.repeat([True, False], 7)
     expected = [auroc(np.concatenate([pooled[0][:, latent], pooled[1][:, latent]]), labels) for latent in range(7)]
-    np.testing.assert_allclose(selectivity(a, b), expected)
-    assert selectivity(a, b)[-1] == 0.5
+    np.testing.assert_allclose(selectivity(a, b, pooling, 8), expected)
+    assert selectivity(a, b, pooling, 8)[-1] == 0.5
 
 
 def test_differences_by_position_and_their_spectrum():

@@ -13,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.training.activations.hidden_states import HookError, path_in, tensor_at, with_tensor
+from sparsary.training.activations.insertions import Insertion
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.splice import Insertion, Splice
+from sparsary.training.activations.splice import Splice
 
 WIDTH = 6
 X, OTHER = torch.ones(2, 3, WIDTH), torch.zeros(2, 3, WIDTH)

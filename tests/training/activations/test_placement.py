@@ -14,9 +14,10 @@ from sparsary.sae.encoders import TopK
 from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.harvest import Identity, model_identity, recipe_identity
 from sparsary.training.activations.hooked_model import HookedModel
+from sparsary.training.activations.insertions import Insertion
 from sparsary.training.activations.model import load_model
 from sparsary.training.activations.model_source import require_quantization
-from sparsary.training.activations.splice import Insertion, model_spliced
+from sparsary.training.activations.splice import model_spliced
 from sparsary.training.preflight import plan_all
 from sparsary.training.recipe import HarvestSection, ModelSection, TextSection, check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe

@@ -5,8 +5,9 @@ import torch
 
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.hooked_model import next_token_loss
+from sparsary.training.activations.insertions import Insertion
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.splice import Insertion, model_spliced
+from sparsary.training.activations.splice import model_spliced
 from sparsary.transcoders.cross_layer import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
 

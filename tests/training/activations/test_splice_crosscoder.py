@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.splice import Insertion, Intervention, generate, model_spliced
+from sparsary.training.activations.insertions import Insertion, Intervention
+from sparsary.training.activations.splice import generate, model_spliced
 from sparsary.transcoders import Crosscoder
 
 HOOKS = ("transformer.h.0:out", "transformer.h.2.mlp:in", "transformer.h.2:out")

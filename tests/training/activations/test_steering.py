@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.insertions import Insertion, Intervention
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.splice import Insertion, Intervention, generate, model_spliced
+from sparsary.training.activations.splice import generate, model_spliced
 from sparsary.transcoders.cross_layer import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
 

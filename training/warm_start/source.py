@@ -1,23 +1,24 @@
 """Saved dictionary that a run starts from (``dictionary.start``), and the keys that a recipe takes over from it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..sae import SparseDictionary
-from ..sae.encoders import ENCODERS, encoder_spec
-from ..sae.files import read_text
-from ..transcoders.cross_layer import CrossLayerTranscoder
-from ..transcoders.load import OWN, CheckpointOptions, find
-from ..transcoders.stack import hooks_of_provenance
-from .activations.stream import ActivationBatch
-from .checkpoints import RECIPE_FILE
-from .content import Content, file_digest
-from .recipe import DictionarySection, Recipe, check_recipe, parse_yaml
-from .recipe.encoder_checks import missing_budget
-from .recipe.validation import check_together
-from .state import STATE_FILE
+from ...sae import SparseDictionary
+from ...sae.encoders import ENCODERS, encoder_spec
+from ...sae.files import read_text
+from ...transcoders.cross_layer import CrossLayerTranscoder
+from ...transcoders.load import OWN, CheckpointOptions, find
+from ...transcoders.stack import hooks_of_provenance
+from ..activations.stream import ActivationBatch
+from ..checkpoints import RECIPE_FILE
+from ..content import Content, file_digest
+from ..recipe import DictionarySection, Recipe, check_recipe, parse_yaml
+from ..recipe.encoder_checks import missing_budget
+from ..recipe.validation import check_together
+from ..state import STATE_FILE
+from .alignment import StartAlignment
 
 # Encoders that reproduce published dictionaries, and the trainable encoder with the same rule of selection.
 TRAINABLE = {"threshold": "jumprelu", "residual_pursuit": "matching_pursuit"}
@@ -37,6 +38,9 @@ class StartSource:
     evidence: str
     directory: Path
     files: tuple[Path, ...]
+    # The model as the files record it, with what else they say of it than its id.
+    recorded: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    alignment: StartAlignment | None = field(default=None, kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -104,6 +108,8 @@ class StartSource:
         if now != own:
             budget = missing_budget(now)
             words.append(f"now {_words(now)}{f', {budget} of the l0 on the initial sample' if budget else ''}")
+        if self.alignment is not None:
+            words.append(f"aligned by {self.alignment.place}, if that lowers its error")
         if self.dictionary.row_norm is not None:
             words.append(f"inputs normalized by {self.dictionary.row_norm}")
         return "; ".join(words)
@@ -128,6 +134,9 @@ class StartSource:
 
     def differences(self, recipe: Recipe) -> list[str]:
         """Return one line for each fact in which the recipe differs from what the files record: hooks and model."""
+        if self.alignment is not None:
+            # A map is there for them.
+            return []
         section, found = recipe.dictionary, []
         sides = list(zip(("reads", "writes"), self.hooks, (section.hooks_in, section.hooks_out), strict=True))
         # SAEs and crosscoders write what they read.
@@ -177,6 +186,7 @@ def read_start(section: DictionarySection) -> StartSource:
         found.evidence,
         found.directory,
         found.files,
+        recorded=provenance.get("model") or {},
     )
     require_kind(source.place, source.kind, section.built_kind)
     return source

@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..sae.encoders import ENCODERS
-from ..transcoders import Transcoder
-from .activations.model import LanguageModel
-from .activations.sites import MLP_PROJECTION
-from .activations.stream import ActivationBatch
-from .recipe import DictionarySection
-from .recipe.schema import MLP_START
-from .start_source import StartSource, require_kind
+from ...sae.encoders import ENCODERS
+from ...transcoders import Transcoder
+from ..activations.model import LanguageModel
+from ..activations.sites import MLP_PROJECTION
+from ..activations.stream import ActivationBatch
+from ..recipe import DictionarySection
+from ..recipe.start_schema import MLP_START
+from .source import StartSource, require_kind
 
 # Tokens on which neurons are fitted, and tokens that pass through the MLP at once.
 FIT_TOKENS, ROWS = 8192, 1024

@@ -50,3 +50,20 @@ def planted_sae(folder, concepts, extra=10, seed=0):
     harvest = {"files": [str(folder / "images.npy")], "rows": str(folder / "rows.jsonl"), "heldout": 0.2}
     sae.save(folder / "run", {"recipe": {"harvest": harvest}})
     return folder / "run"
+
+
+def trained_sae(folder, seed=0, latents=60):
+    """Train an SAE on the images and return its folder."""
+    import sparsary
+
+    recipe = {
+        "harvest": {"files": [str(folder / "images.npy")], "rows": str(folder / "rows.jsonl"), "heldout": 0.1},
+        "dictionary": {"n_latents": latents, "encoder": {"name": "topk", "k": 3}, "init": "random"},
+        "tokens": 400_000,
+        "batch_tokens": 512,
+        "lr": 3e-3,
+        "dead_after_tokens": 20_000,
+        "seed": seed,
+        "out_dir": str(folder / "run"),
+    }
+    return sparsary.train(recipe)

@@ -1,271 +1,42 @@
-"""Warm start: a saved dictionary taken over into a run's units, width and encoder.
+"""A saved dictionary taken over into a run's units, width and encoder.
 
-The function of the dictionary stays the same, unless the recipe changes the width or the encoder. Latents of any encoder are
-first written in one form (``FittedLatents``): values ``W_enc x + b_enc`` of normalized, centered inputs, active above a ``cut``
-or, for encoders that rank, without one. Scales, biases and decoder norms are folded in float64.
+The function of the dictionary stays the same, unless the recipe changes the width or the encoder.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from ..sae import Encoder, SparseDictionary
-from ..sae.batch_encoder import BatchWide, Calibrated, MutualLevel
-from ..sae.checkpoint import build_dictionary
-from ..sae.dictionary import LatentBlock
-from ..sae.encoders import encoder_spec
-from ..sae.encoders.feature_choice import FeatureChoice
-from ..sae.encoders.gated import Gated
-from ..sae.encoders.jumprelu import LEAST, PACE, JumpReLU
-from ..sae.encoders.lista import Lista
-from ..sae.encoders.relu import ReLU
-from ..sae.encoders.threshold import Threshold
-from ..sae.metrics import Moments, RunningFvu
-from ..transcoders.cross_layer import CrossLayerTranscoder
-from .activations.stream import ActivationBatch, ActivationStream
-from .initialize import apart, geometric_median, set_scales
-from .recipe import Recipe
-from .recipe.encoder_checks import with_budget
-from .resolve_hooks import dictionary_arguments
-from .start_source import StartSource
+from ...sae import Encoder, SparseDictionary
+from ...sae.batch_encoder import Calibrated
+from ...sae.checkpoint import build_dictionary
+from ...sae.dictionary import LatentBlock
+from ...sae.encoders import encoder_spec
+from ...sae.encoders.feature_choice import FeatureChoice
+from ...sae.encoders.gated import Gated
+from ...sae.encoders.jumprelu import LEAST, PACE, JumpReLU
+from ...sae.encoders.lista import Lista
+from ...sae.encoders.relu import ReLU
+from ...sae.metrics import Moments
+from ...transcoders.cross_layer import CrossLayerTranscoder
+from ..activations.stream import ActivationBatch
+from ..initialize import apart, geometric_median, set_scales
+from ..recipe import Recipe
+from ..resolve_hooks import dictionary_arguments
+from .judge import ROWS, SampleRows, Usage
+from .latents import EQUAL, PER_LATENT, FittedLatents, encoders_of, fitted_latents, holds_cuts, same_rule, set_cuts
+from .source import StartSource
 
-log = logging.getLogger(__name__)
-# Held-out tokens on which a dictionary is judged before and after its training.
-JUDGED_TOKENS = 16_384
-# Tokens encoded at once.
-ROWS = 2048
 # Tokens whose scores set the bias of new latents.
 BIAS_TOKENS = 4096
 # Firing rate of new latents, as a share of the mean rate of the others. The quickstart's SAE (fvu 0.0200) with 512 more latents
 # begins at 0.085, 0.022, and 0.0203 with shares 1, 0.1, and 0.02, and ends at 0.0207, 0.0206, and 0.0205 after 100,000 tokens.
 NEW_RATE = 0.1
-# Relative tolerance for equal decoder norms, as after rounding to float32.
-EQUAL = 1e-5
-# Encoders with a threshold for every latent.
-PER_LATENT = (JumpReLU, Gated, FeatureChoice)
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """Dictionary to train, the recipe with its encoder's budget, and the record of its start for the checkpoint."""
-
-    dictionary: SparseDictionary
-    recipe: Recipe
-    record: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FittedLatents:
-    """Latents of one block: value ``W_enc x + b_enc`` where it exceeds ``cut``; ``None`` for encoders that rank.
-
-    ``gain`` is the factor between a gated encoder's gate and its value. Tied encoders have no ``b_enc``.
-    """
-
-    W_enc: Float[Tensor, "n_latents d_in"]
-    b_enc: Float[Tensor, " n_latents"] | None
-    W_dec: Float[Tensor, "n_latents d_out"]
-    cut: Float[Tensor, " n_latents"] | None
-    gain: Float[Tensor, " n_latents"] | None = None
-
-    def scaled(self, factor: Float[Tensor, " n_latents"]) -> "FittedLatents":
-        """Return the same latents with values multiplied by ``factor`` and decoder directions divided by it."""
-        b_enc, cut = (None if each is None else each * factor for each in (self.b_enc, self.cut))
-        return replace(self, W_enc=self.W_enc * factor[:, None], b_enc=b_enc, W_dec=self.W_dec / factor[:, None], cut=cut)
-
-    def rows(self, latents: Int[Tensor, " some"]) -> "FittedLatents":
-        """Return some of the latents."""
-        b_enc, cut, gain = (None if each is None else each[latents] for each in (self.b_enc, self.cut, self.gain))
-        return FittedLatents(self.W_enc[latents], b_enc, self.W_dec[latents], cut, gain)
-
-
-def encoders_of(dictionary: SparseDictionary) -> list[Encoder]:
-    """Return the encoder of every block."""
-    return dictionary.encoders if isinstance(dictionary, CrossLayerTranscoder) else [dictionary.encoder]
-
-
-def cuts_of(encoder: Encoder, n_latents: int) -> Float[Tensor, " n_latents"] | None:
-    """Return the value above which each latent is active in eval mode; ``None`` for encoders that rank."""
-    if isinstance(encoder, ReLU):
-        return torch.zeros(n_latents)
-    if isinstance(encoder, JumpReLU):
-        return encoder.thresholds()
-    if isinstance(encoder, Threshold):
-        return encoder.threshold.clamp_min(0)
-    level = encoder.threshold() if isinstance(encoder, BatchWide) else None
-    return None if level is None else level.clamp_min(0).expand(n_latents)
-
-
-def fitted_latents(dictionary: SparseDictionary) -> list[FittedLatents]:
-    """Return the latents of every block in the dictionary's own units, in float64."""
-    found = []
-    for block, encoder in zip(dictionary.blocks, encoders_of(dictionary), strict=True):
-        weights = block.weights
-        W_enc, W_dec = weights.W_enc.detach().double(), weights.W_dec.detach().double()
-        b_enc = None if weights.b_enc is None else weights.b_enc.detach().double()
-        cut, gain = cuts_of(encoder, len(W_dec)), None
-        if isinstance(dictionary, CrossLayerTranscoder) and dictionary.chooses_jointly:
-            cut = dictionary.level.clamp_min(0).expand(len(W_dec)) if int(dictionary.batches) else None
-        cut = None if cut is None else cut.detach().double()
-        if isinstance(encoder, Gated):
-            assert b_enc is not None
-            gain, b_mag = encoder.r_mag.detach().double().exp(), encoder.b_mag.detach().double()
-            # The gate W x + b > 0 in terms of the value gain W x + b_mag.
-            W_enc, b_enc, cut = W_enc * gain[:, None], b_mag, b_mag - gain * b_enc
-        found.append(FittedLatents(W_enc, b_enc, W_dec, cut, gain))
-    return found
-
-
-def holds_cuts(dictionary: SparseDictionary, latents: list[FittedLatents]) -> bool:
-    """Return True if the dictionary's encoder can be given the cuts of these latents exactly."""
-    encoder = dictionary.encoder
-    cuts = [each.cut for each in latents]
-    if any(cut is None for cut in cuts):
-        return False
-    if isinstance(encoder, PER_LATENT):
-        return True
-    every = torch.cat([cut for cut in cuts if cut is not None])
-    if isinstance(encoder, ReLU):
-        return not bool(every.any())
-    joint = isinstance(dictionary, CrossLayerTranscoder) and dictionary.chooses_jointly
-    return (isinstance(encoder, MutualLevel) or joint) and bool(every.max() - every.min() <= EQUAL * every.max())
-
-
-def same_rule(source: SparseDictionary, dictionary: SparseDictionary) -> bool:
-    """Return True if both dictionaries select latents by ranking, with the same encoder and arguments."""
-    own, now = encoder_spec(source.encoder), encoder_spec(dictionary.encoder)
-    joint = [getattr(each, "joint", False) for each in (source, dictionary)]
-    return own == now and joint[0] == joint[1]
-
-
-def warm_start(
-    source: StartSource,
-    recipe: Recipe,
-    widths: dict[str, int],
-    stream: ActivationStream,
-    sample: ActivationBatch,
-    moments: tuple[Moments, Moments],
-) -> WarmStart:
-    """Return the dictionary that a run of the recipe begins with, from its start.
-
-    Args:
-        source: The start, as it was read.
-        widths: Width of every hook of the recipe's dictionary.
-        stream: Source of the held-out activations that the dictionary is judged on.
-        sample: Activations that decide which latents are kept, the directions of new ones, and calibration.
-        moments: Moments of inputs and targets.
-
-    Raises:
-        ValueError: If the start does not fit, or the activations are constant.
-    """
-    section = recipe.dictionary
-    source.require_fit(section, widths)
-    source = source.fitted(sample)
-    usage = Usage.of(source.dictionary, sample.x)
-    completed = with_budget(section.known_encoder, usage.l0 / source.dictionary.n_sites)
-    recipe = recipe.model_copy(update={"dictionary": section.model_copy(update={"encoder": completed})})
-    taken = TakeOver(source, recipe, widths, sample, moments, usage)
-    dictionary = taken.dictionary.eval()
-    judged, split = judged_on(stream, recipe)
-    record = {
-        "path": source.place,
-        "content": source.content(),
-        "kind": source.kind,
-        "encoder": encoder_spec(source.dictionary.encoder),
-        "n_latents": source.n_latents,
-        "changes": taken.changes,
-        "judged_on": split,
-        "judged_tokens": len(judged.x),
-        "as_read": figures(source.dictionary, judged),
-        "before": figures(dictionary, judged),
-    }
-    log.info("%s: starts from %s.", recipe.out_dir, source.words(section))
-    for line in taken.changes:
-        log.warning("%s: %s.", recipe.out_dir, line)
-    log.info("%s: before training: %s", recipe.out_dir, told(record, "before"))
-    return WarmStart(dictionary, recipe, record)
-
-
-def judged_on(stream: ActivationStream, recipe: Recipe) -> tuple[ActivationBatch, str]:
-    """Return the activations that a dictionary is judged on before and after training, and what they are."""
-    tokens = min(JUDGED_TOKENS, recipe.eval_tokens)
-    heldout = stream.heldout(tokens)
-    return (stream.start_sample(tokens), "training") if heldout is None else (heldout, "held-out")
-
-
-def after_training(
-    dictionary: SparseDictionary, record: dict[str, Any], stream: ActivationStream, recipe: Recipe
-) -> dict[str, Any]:
-    """Return the record of a start with the figures of the trained dictionary on the same tokens."""
-    training = dictionary.training
-    record = record | {"after": figures(dictionary.eval(), judged_on(stream, recipe)[0])}
-    dictionary.train(training)
-    log.info("%s: after training: %s", recipe.out_dir, told(record, "after"))
-    return record
-
-
-def told(record: dict[str, Any], when: str) -> str:
-    """Return the figures of a record at one time, as text."""
-    fvu, l0 = record[when]["fvu"], record[when]["l0"]
-    return f"fvu {fvu:.4g}, l0 {l0:.4g} on {record['judged_tokens']:,} {record['judged_on']} tokens."
-
-
-@torch.no_grad()
-def figures(dictionary: SparseDictionary, batch: ActivationBatch) -> dict[str, float]:
-    """Return fvu and l0 of a dictionary in eval mode."""
-    running, active = RunningFvu(dictionary.d_out, dictionary.device), 0
-    for x, y in _pieces(batch, dictionary.device):
-        code = dictionary.encode(x)
-        active += int((code.values != 0).sum())
-        running.update(y, dictionary.decode(code, x))
-    return {"fvu": float(running.value()), "l0": active / len(batch.x)}
-
-
-def _pieces(batch: ActivationBatch, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    targets = batch.x if batch.target is None else batch.target
-    for x, y in zip(batch.x.split(ROWS), targets.split(ROWS), strict=True):
-        yield x.to(device), y.to(device)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Use of a dictionary's latents on a sample: firing counts, mean l0, and a typical smallest active value."""
-
-    firings: Int[Tensor, " n_latents"]
-    tokens: int
-    smallest: float
-
-    @property
-    def l0(self) -> float:
-        return float(self.firings.sum()) / max(self.tokens, 1)
-
-    @staticmethod
-    @torch.no_grad()
-    def of(dictionary: SparseDictionary, x: Float[Tensor, "tokens d_in"]) -> "Usage":
-        """Return the usage of a dictionary in eval mode."""
-        firings, smallest = torch.zeros(dictionary.n_latents, dtype=torch.long), []
-        for rows in x.split(ROWS):
-            code = dictionary.code_of(dictionary.normalised(rows))
-            firings += code.firings(dictionary.n_latents).cpu()
-            active = code.values[code.values > 0]
-            # A tenth of the active values are below.
-            smallest += [float(active.kthvalue(max(1, len(active) // 10)).values)] if len(active) else []
-        return Usage(firings, len(x), sum(smallest) / max(len(smallest), 1))
-
-
-@dataclass(frozen=True)
-class SampleRows:
-    """Rows of a sample in pieces, which can be passed over several times."""
-
-    x: Float[Tensor, "tokens d_in"]
-
-    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
-        return iter(self.x.split(ROWS))
 
 
 class TakeOver:
@@ -486,34 +257,6 @@ def _skips(source: SparseDictionary, d: SparseDictionary) -> Iterator[tuple[Any,
         return
     single = isinstance(old, Tensor)
     yield from zip(source.sites, [old] if single else old, [new] if single else new, strict=True)
-
-
-def set_cuts(encoder: Encoder, cut: Float[Tensor, " n_latents"]) -> None:
-    """Set the thresholds of an encoder as far as it has any."""
-    for kind, write in CUTS.items():
-        if isinstance(encoder, kind):
-            write(encoder, cut)
-
-
-def _jumprelu_cuts(encoder: JumpReLU, cut: Tensor) -> None:
-    encoder.log_threshold.copy_(cut.clamp_min(LEAST).log() / PACE)
-
-
-def _level(encoder: MutualLevel, cut: Tensor) -> None:
-    encoder.level.copy_(cut.mean())
-    encoder.batches.clamp_(min=1)
-
-
-def _feature_cuts(encoder: FeatureChoice, cut: Tensor) -> None:
-    encoder.thresholds.copy_(cut)
-    encoder.own_batches.clamp_(min=1)
-
-
-CUTS: dict[type[Encoder], Callable[[Any, Tensor], None]] = {
-    JumpReLU: _jumprelu_cuts,
-    MutualLevel: _level,
-    FeatureChoice: _feature_cuts,
-}
 
 
 def _inherit(encoder: Encoder, old: Encoder, same_width: bool) -> None:
