@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .checkpoint_files import FORMAT, FORMAT_VERSION, write_dictionary_files
 from .encoder import Encoder, Weights
 from .inspection import Inspection
-from .kernels import together
+from .kernels import loops_together
 from .metrics import Moments
 from .pursuit import PURSUITS
 from .ranks import ALONE, UNDIVIDED
@@ -261,7 +261,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         x = None if x is None else self._concatenated(x)
         x = x.flatten(0, -2) if x is not None and x.ndim > 2 else x
         parts = list(self._parts(code))
-        with together():
+        with loops_together():
             written = [(block.writes, decode(part, block.weights.W_dec)) for block, part in parts]
         total = self.shards.reduced(written[0][1] if len(written) == 1 else added_at_columns(written, self.d_out))
         # Fused, because this tensor is as large as the batch.

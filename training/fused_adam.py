@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.kept_memory import kept_memory
-from ..sae.kernels import AdamStep, Kernels, RowGrad, backend, together
+from ..sae.kernels import AdamStep, Kernels, RowGrad, backend, loops_together
 from ..sae.sparse_code import ByLatent
 from ..sae.sparse_grad import SparseGrad, keep_ledger
 from .optim import DictionaryAdam, norm_over_shards
@@ -67,7 +67,7 @@ class FusedAdam(DictionaryAdam):
         pending = self._pending(kernels)
         others: list[Tensor] = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
         factor = self._clip(kernels, pending, others)
-        with together():
+        with loops_together():
             for part in pending:
                 # Without a gradient the matrix is skipped by torch's Adam below.
                 part.weights.grad = None
@@ -104,7 +104,7 @@ class FusedAdam(DictionaryAdam):
         device = self.dictionary.device
         if self.grad_clip is None:
             return torch.ones((), device=device)
-        with together():
+        with loops_together():
             rows = {part.weights: self._squared_norms(kernels, part) for part in pending}
         squares = {weights: self.dictionary.ranks.sum(norms.sum()) for weights, norms in rows.items()}
         squares |= {p: p.grad.pow(2).sum() for p in others if p.grad is not None}
@@ -140,7 +140,7 @@ class FusedAdam(DictionaryAdam):
 def _summed(kernels: Kernels, pending: list[Pending]) -> list[Pending]:
     """Return gradients with the sums of many entries written out, so that the norm and the update need not make them each."""
     many = [p.weights.device.type == "cpu" and len(p.gradient.values) >= SUMMED_ENTRIES * len(p.weights) for p in pending]
-    with together():
+    with loops_together():
         wholes = [_of_entries(kernels, part) if crowded else None for part, crowded in zip(pending, many, strict=True)]
     return [
         part if whole is None else replace(part, gradient=_with_dense(whole, part.gradient))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import AdamStep, Kernels, RowGrad, SelectionKernels
-from .parallel import has_numba, together
+from .parallel import has_numba, loops_together
 
 __all__ = [
     "AdamStep",
@@ -22,8 +22,8 @@ __all__ = [
     "backend",
     "cpu_kernels",
     "has_triton",
+    "loops_together",
     "selection",
-    "together",
 ]
 
 log = logging.getLogger(__name__)

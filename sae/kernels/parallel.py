@@ -42,7 +42,7 @@ class _Loop(NamedTuple):
     least: int
 
 
-# The loops that a thread has put off in `together`.
+# The loops that a thread has put off in `loops_together`.
 _put_off = threading.local()
 
 
@@ -62,7 +62,7 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: in
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def loops_together() -> Iterator[None]:
     """Put off all loops of this thread to the end of the block, where threads share them out as if they were one.
 
     Waking threads and waiting for the last takes about as long as a small loop. The loops must not need each other's results,

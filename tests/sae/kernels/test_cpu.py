@@ -18,7 +18,7 @@ pytest.importorskip("numba")
 from sparsary.sae.kernels import AdamStep, RowGrad, backend
 from sparsary.sae.kernels import numba_loops as loops
 from sparsary.sae.kernels.cpu import CpuKernels
-from sparsary.sae.kernels.parallel import over_rows, together
+from sparsary.sae.kernels.parallel import loops_together, over_rows
 from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds
 
 cpu = CpuKernels()
@@ -437,10 +437,10 @@ def test_loops_put_off_run_at_the_end_of_the_block_each_row_once(threads, number
     def kernel(first: int, last: int, counts: np.ndarray) -> None:
         counts[first:last] += 1
 
-    with together():
+    with loops_together():
         for each in times:
             over_rows(kernel, len(each), each)
-        with together():
+        with loops_together():
             over_rows(kernel, 40, times[3][:])
         assert not any(each.any() for each in times)
     assert [each.unique().tolist() for each in times] == [[1], [], [1], [2]]
@@ -452,7 +452,7 @@ def test_a_block_that_fails_runs_none_of_its_loops_and_puts_off_no_later_ones():
     done = []
 
     def fails() -> None:
-        with together():
+        with loops_together():
             over_rows(lambda first, last: done.append("put off"), 3)
             raise ZeroDivisionError
 
