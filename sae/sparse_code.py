@@ -237,11 +237,11 @@ class SparseCode:
         return _summed(self.token_ids(), self.latents, self.values, (self.n_tokens, n_latents))
 
 
-def joined_by_token(codes: Sequence[SparseCode]) -> SparseCode:
+def joined_codes(codes: Sequence[SparseCode]) -> SparseCode:
     """Return one code with the entries of several codes of the same tokens; those of a token in the order of the codes.
 
     >>> first, second = (SparseCode.from_rows(torch.tensor([[i], [i]]), torch.ones(2, 1)) for i in (3, 7))
-    >>> joined_by_token([first, second]).latents.tolist()
+    >>> joined_codes([first, second]).latents.tolist()
     [3, 7, 3, 7]
     """
     counts = torch.stack([code.entries_per_token() for code in codes], dim=1)

@@ -59,7 +59,9 @@ def with_start(recipe, tmp_path):
     # An MLP's own weights are those of the recipe's model.
     if section.start is None or section.start.path == "mlp":
         return recipe
-    SAE(128, 1024, ENCODERS["topk"](k=16)).save(tmp_path / "start", {"hook": section.hook, "model": {"id": "embedded"}})
+    # A start that is aligned is one of another hook.
+    hook = section.hook if section.start.align is None else "transformer.h.2:out"
+    SAE(128, 1024, ENCODERS["topk"](k=16)).save(tmp_path / "start", {"hook": hook, "model": {"id": "embedded"}})
     start = section.start.model_copy(update={"path": str(tmp_path / "start")})
     return recipe.model_copy(update={"dictionary": section.model_copy(update={"start": start})})
 

@@ -21,6 +21,7 @@ from .recipe.encoder_checks import with_budget
 from .recipe.grid import told_together
 from .recipe.hook_names import theirs, unharvested
 from .recipe.start_schema import MLP_START
+from .tokens import tokenizer_digest
 from .transformer_lens_hooks import hooks_named, module_hook, with_module_hooks
 from .warm_start.alignment import StartAlignment, recorded_model, require_alignable
 from .warm_start.mlp import mlp_source
@@ -74,9 +75,9 @@ class ModelOutline:
         """Content digests of model and tokenizer, computed on first use."""
         return section_content(self.section) if self._given is None else self._given.content()
 
-    def tokenizer_content(self) -> str | None:
-        """Return the digest of the tokenizer: equal for tokenizers that give equal ids, special ones too."""
-        return self.content["tokenizer"]
+    def tokenizer_sha256(self) -> str | None:
+        """Return the digest of the tokenizer: equal for those that give equal ids; ``None`` if there is no tokenizer."""
+        return None if self.tokenizer is None else tokenizer_digest(self.tokenizer)
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width of every hook; at ``assumed`` ones, the model's hidden size.

@@ -17,7 +17,7 @@ from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.penalised import Penalised
 from ..sae.ranks import ALONE, UNDIVIDED, largest_of_all
-from ..sae.sparse_code import AuxTerms, Revival, SparseCode, joined_by_token
+from ..sae.sparse_code import AuxTerms, Revival, SparseCode, joined_codes
 from ..sae.thresholds import calibrate_cuts
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
@@ -281,6 +281,6 @@ class CrossLayerTranscoder(SparseDictionary):
         penalties = {name: torch.stack([code.requests.penalties[name] for code in codes]).mean() for name in names}
         revivals = [code.requests.revival for code in codes if code.requests.revival is not None]
         revival = Revival(revivals[0].weight, torch.cat([each.thresholds for each in revivals])) if revivals else None
-        joined = joined_by_token([replace(code, latents=code.latents + i * here) for i, code in enumerate(codes)])
+        joined = joined_codes([replace(code, latents=code.latents + i * here) for i, code in enumerate(codes)])
         parts = tuple(codes) if self.training else ()
         return replace(joined, requests=AuxTerms(penalties=penalties, revival=revival), parts=parts)

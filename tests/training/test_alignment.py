@@ -16,6 +16,7 @@ from sparsary.training.activations.harvested_rows import HarvestedRows
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import ModelOutline, resolve_recipe
+from sparsary.training.warm_start import unpaired
 from sparsary.training.warm_start.alignment import preferred_map
 from sparsary.training.warm_start.maps import AffineMap, SideMaps, fitted_regression, fitted_rotation, mapped
 from sparsary.training.warm_start.pairs import matched_pairs
@@ -123,6 +124,19 @@ def test_a_regression_is_taken_only_if_it_is_better_by_a_margin():
     assert preferred_map(errors) == "rotation"
     assert preferred_map(errors | {"rotation_regression": 0.098}) == "rotation_regression"
     assert preferred_map({"none": 0.1, "rotation": 0.1}) == "none"
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_the_reconstruction_of_every_encoder_turns_the_map(name, encoder_arguments, monkeypatch):
+    monkeypatch.setattr(unpaired, "STEPS", 3)
+    x = rows(D)
+    old = randomized(SAE(D, N, build_encoder({"name": name, **encoder_arguments[name]})))
+    old.calibrate(x.split(100))
+    maps = unpaired.unpaired_rotation(old, x, torch.device("cpu"))
+    turned = maps.forward.matrix / maps.scale
+    assert float((turned - torch.eye(D)).abs().max()) > 1e-4
+    torch.testing.assert_close(turned @ turned.T, torch.eye(D, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(maps.back(maps.forward(x)), x, rtol=1e-4, atol=1e-4)
 
 
 # Runs on vectors.
@@ -279,6 +293,22 @@ def test_models_and_stores_give_the_same_pairs(values, tmp_path):
         assert other["fvu"] == pytest.approx(first["fvu"], rel=1e-3)
 
 
+def test_both_sides_of_a_transcoder_are_fitted_on_their_own_pairs(values, tmp_path):
+    old = randomized(Transcoder(128, 128, 200, ENCODERS["topk"](k=20)))
+    hooks = {"hooks_in": ["transformer.h.0.mlp:in"], "hooks_out": ["transformer.h.0.mlp:out"]}
+    old.save(tmp_path / "transcoder", hooks | {"model": {"id": "embedded"}})
+    start = {"path": str(tmp_path / "transcoder"), "align": {"tokens": 900}}
+    section = {"kind": "transcoder", "layer": 1, "site": "mlp", "start": start}
+    harvest = values["harvest"] | {"hooks": [], "store": None, "live_buffer_tokens": 900}
+    folder = sparsary.train(values | {"dictionary": section, "harvest": harvest})
+    record = json.loads((folder / "dictionary.json").read_text())["provenance"]["start"]
+    assert record["alignment"]["map"].endswith("regression")
+    assert record["alignment"]["fvu"][record["alignment"]["map"]] < 0.8 * record["alignment"]["fvu"]["rotation"]
+    # What was judged is what the run begins with: latents are ranked by values times norms, which stay.
+    assert record["before"]["fvu"] < 0.8 * record["as_read"]["fvu"]
+    assert record["changes"] == []
+
+
 def test_rows_are_matched_by_document_and_position_and_other_texts_are_refused():
     places = torch.arange(200, dtype=torch.int32)
     labels = {"token": places % 7, "document": places // 10, "offset": places % 10, "position": places % 10}
@@ -330,5 +360,5 @@ def test_what_cannot_be_aligned_is_refused_before_the_run(values, earlier, tmp_p
     SAE(128, N, ENCODERS["topk"](k=3), row_norm="layer_norm").save(tmp_path / "normed", {"hook": EARLIER})
     refused(r"normed normalizes the inputs of every token \(layer_norm\)", "embedded", path=tmp_path / "normed")
     digests = {"embedded": "one"}
-    monkeypatch.setattr(ModelOutline, "tokenizer_content", lambda self: digests.pop(self.section.id, "two"))
+    monkeypatch.setattr(ModelOutline, "tokenizer_sha256", lambda self: digests.pop(self.section.id, "two"))
     refused(r"align.model: expected the tokenizer of embedded, so that both models read the same token ids", "auto")

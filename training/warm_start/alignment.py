@@ -5,10 +5,8 @@ that lowers the error, the dictionary stays as it was read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
 
 from ...sae import SparseDictionary
 from ..activations.context_stream import ContextStream
@@ -20,8 +18,9 @@ from ..activations.stream import ActivationStream
 from ..activations.tensor_stream import TensorStream
 from ..processes import from_first, own_ranks
 from ..recipe import AlignSection, ModelSection, Recipe, TextSection
-from .judge import ROWS, figures
-from .maps import SideMaps, fitted_regression, fitted_rotation, mapped
+from .fitted import fitted_dictionaries
+from .judge import figures
+from .maps import mapped
 from .pairs import (
     Pairs,
     Sides,
@@ -57,7 +56,7 @@ class OutlinedModel(Protocol):
 
     section: ModelSection
 
-    def tokenizer_content(self) -> str | None: ...
+    def tokenizer_sha256(self) -> str | None: ...
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]: ...
     def text_problems(self, text: TextSection) -> list[str]: ...
     def loaded_for(self, hooks: tuple[str, ...]) -> LanguageModel: ...
@@ -108,8 +107,7 @@ class StartAlignment:
             store = ActivationStore.open(align.store)
             store.require_hooks(f"{KEY}.store", each_once(self.hooks))
             self._require_widths({hook: store.width(hook) for hook in each_once(self.hooks)}, dictionary, align.store)
-            recorded = (store.manifest.get("content") or {}).get("tokenizer")
-            self._require_tokenizer(f"{KEY}.store", align.store, recorded)
+            self._require_tokenizer(f"{KEY}.store", align.store, store.manifest.get("tokenizer_sha256"))
         elif self.own is not None:
             if self.own.section == self.run.section and self.hooks == self.run_hooks:
                 raise ValueError(
@@ -120,7 +118,7 @@ class StartAlignment:
             if problems:
                 raise ValueError("\n".join(f"{KEY}.model: {line}" for line in problems))
             self._require_widths(self.own.widths(each_once(self.hooks)), dictionary, self.own.section.id)
-            self._require_tokenizer(f"{KEY}.model", self.own.section.id, self.own.tokenizer_content())
+            self._require_tokenizer(f"{KEY}.model", self.own.section.id, self.own.tokenizer_sha256())
 
     def _require_widths(self, widths: dict[str, int], dictionary: SparseDictionary, place: str) -> None:
         for hooks, width in zip(self.hooks, (dictionary.d_in, dictionary.d_out), strict=True):
@@ -130,12 +128,12 @@ class StartAlignment:
                     f"{widths[hooks[0]]}. Name what the start was trained on."
                 )
 
-    def _require_tokenizer(self, key: str, place: str, recorded: Any) -> None:
-        own = self.run.tokenizer_content()
+    def _require_tokenizer(self, key: str, place: str, recorded: str | None) -> None:
+        own = self.run.tokenizer_sha256()
         if recorded is not None and own is not None and recorded != own:
             raise ValueError(
                 f"{key}: expected the tokenizer of {self.run.section.id}, so that both models read the same token ids, got "
-                f"another one with {place} (sha256 {str(own)[:12]} and {str(recorded)[:12]}). Choose align: unpaired, which "
+                f"another one with {place} (sha256 {own[:12]} and {recorded[:12]}). Choose align: unpaired, which "
                 "needs no second model, or leave align out."
             )
 
@@ -224,26 +222,24 @@ def aligned(alignment: StartAlignment, dictionary: SparseDictionary, recipe: Rec
         ValueError: If there are too few tokens that both models share, or their widths are not those of the dictionary.
     """
     wanted = alignment.tokens(max(dictionary.d_in, dictionary.d_out))
-    maps: dict[str, tuple[SideMaps, SideMaps]] = {}
+    found = {"none": dictionary}
     if alignment.section.unpaired:
         batch = stream.start_sample(wanted)
         fitted = _fitted_tokens(len(batch.x), dictionary)
-        device = resolve_device(recipe.model.device)
-        both = unpaired_rotation(dictionary, batch.x[:fitted], device)
-        maps["rotation"] = both, both
+        maps = unpaired_rotation(dictionary, batch.x[:fitted], resolve_device(recipe.model.device))
+        found["rotation"] = mapped(dictionary, maps, maps)
     else:
         pairs = alignment.pairs(recipe, stream, wanted)
         batch, fitted = pairs.runs, _fitted_tokens(len(pairs), dictionary)
         _require_width(pairs, dictionary)
-        maps = _fitted_maps(dictionary, pairs.rows(slice(fitted)))
+        found |= fitted_dictionaries(dictionary, pairs.rows(slice(fitted)))
     judged = batch.rows(slice(fitted, None))
-    found = {"none": dictionary} | {name: mapped(dictionary, *sides) for name, sides in maps.items()}
     errors = {name: figures(each.eval(), judged)["fvu"] for name, each in found.items()}
     best = preferred_map(errors)
     record = {
         "by": alignment.place,
         "map": best,
-        "scale": 1.0 if best == "none" else maps[best][0].scale,
+        "scale": float(found[best].in_scale / dictionary.in_scale),
         "fitted_tokens": fitted,
         "judged_tokens": len(judged.x),
         "fvu": errors,
@@ -259,27 +255,6 @@ def preferred_map(errors: Mapping[str, float]) -> str:
     'rotation'
     """
     return min(errors, key=lambda name: errors[name] * (1 + MARGIN * name.endswith("regression")))
-
-
-def _fitted_maps(dictionary: SparseDictionary, pairs: Pairs) -> dict[str, tuple[SideMaps, SideMaps]]:
-    """Return the maps of inputs and outputs, fitted in several ways.
-
-    Regressions of outputs start from what the dictionary writes, not from its own activations: its errors count too.
-    """
-    x, targets = pairs.runs.x, pairs.runs.x if pairs.runs.target is None else pairs.runs.target
-    inputs = outputs = fitted_rotation(pairs.own.x, x)
-    if pairs.own.target is not None:
-        outputs = fitted_rotation(pairs.own.target, targets)
-    found = {"rotation": (inputs, outputs)}
-    if not dictionary.encoder.linear or dictionary.encoder.tied:
-        # What these subtract is reconstructed by what they read with: only a rotation keeps both.
-        return found
-    for name, back in (("rotation_regression", inputs.back), ("regression", fitted_regression(x, pairs.own.x))):
-        with torch.no_grad():
-            written = torch.cat([dictionary(back(rows)) for rows in x.split(ROWS)])
-        forward = fitted_regression(written, targets)
-        found[name] = replace(inputs, back=back), replace(outputs, forward=forward)
-    return found
 
 
 def _fitted_tokens(tokens: int, dictionary: SparseDictionary) -> int:

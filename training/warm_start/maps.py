@@ -45,6 +45,12 @@ class SideMaps:
     scale: float
 
 
+def unchanged(width: int) -> SideMaps:
+    """Return the maps of activations that stay as they are."""
+    same = AffineMap(torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+    return SideMaps(same, same, 1.0)
+
+
 def fitted_rotation(own: Float[Tensor, "tokens d"], runs: Float[Tensor, "tokens d"]) -> SideMaps:
     """Return the rotation, possibly with a reflection, the scale and the shift that map paired activations best."""
     own, runs = own.double(), runs.double()
