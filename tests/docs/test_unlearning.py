@@ -1,7 +1,9 @@
 """The study of unlearning changes the weights that it says, along the directions that it says, and pronouns are forgotten."""
 
 import importlib
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ def unlearning():
         yield importlib.import_module("unlearning")
 
 
+@pytest.fixture(scope="module")
+def rules(unlearning):
+    return importlib.import_module("unlearning_updates")
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -27,9 +34,9 @@ def model():
 
 
 @pytest.mark.parametrize("grain", [0, 1])
-def test_a_unit_is_silent_without_its_weights_and_others_are_not(unlearning, model, grain):
-    space = unlearning.unit_space(model, unlearning.GRAINS[grain])
-    owner = unlearning.owners(space)
+def test_a_unit_is_silent_without_its_weights_and_others_are_not(rules, model, grain):
+    space = rules.unit_space(model, rules.GRAINS[grain])
+    owner = rules.owners(space)
     token_ids = torch.randint(0, 13, (3, 7), generator=torch.Generator().manual_seed(1))
     parameters = dict(model.module.named_parameters())
     with torch.no_grad():
@@ -57,37 +64,53 @@ def test_a_unit_is_silent_without_its_weights_and_others_are_not(unlearning, mod
             torch.testing.assert_close(logits, space.run(token_ids, kept, space.zeros(before)))
 
 
-def test_updates_are_by_role_and_the_shared_ones_orthogonal_to_the_retain_gradient(unlearning):
+def test_updates_are_by_role_and_the_shared_ones_orthogonal_to_the_retain_gradient(rules):
     draw = torch.Generator().manual_seed(0)
     forget, retain = ({name: torch.randn(7, 3, generator=draw) for name in "ab"} for _ in range(2))
     roles = {name: torch.randint(0, 4, (7, 3), generator=draw) for name in "ab"}
-    found = unlearning.updates(forget, retain, roles)
+    found = rules.updates(forget, retain, roles)
     along = 0.0
     for name, role in roles.items():
-        assert found[name][role == unlearning.NONE].abs().max() == 0
-        assert torch.equal(found[name][role == unlearning.FORGET_ONLY], forget[name][role == unlearning.FORGET_ONLY])
-        assert torch.equal(found[name][role == unlearning.RETAIN_ONLY], retain[name][role == unlearning.RETAIN_ONLY])
-        shared = role == unlearning.SHARED
+        assert found[name][role == rules.NONE].abs().max() == 0
+        assert torch.equal(found[name][role == rules.FORGET_ONLY], forget[name][role == rules.FORGET_ONLY])
+        assert torch.equal(found[name][role == rules.RETAIN_ONLY], retain[name][role == rules.RETAIN_ONLY])
+        shared = role == rules.SHARED
         along += float(((found[name] - retain[name]) * retain[name])[shared].sum())
     assert along == pytest.approx(0.0, abs=1e-5)
-    plain = unlearning.updates(forget, retain, roles, project=False)
-    shared = roles["a"] == unlearning.SHARED
+    plain = rules.updates(forget, retain, roles, project=False)
+    shared = roles["a"] == rules.SHARED
     torch.testing.assert_close(plain["a"][shared], (forget["a"] + retain["a"])[shared])
 
 
-def test_random_units_have_as_many_of_every_role_in_every_part(unlearning, model):
-    space = unlearning.unit_space(model, unlearning.GRAINS[1])
+def test_random_units_have_as_many_of_every_role_in_every_part(rules, model):
+    space = rules.unit_space(model, rules.GRAINS[1])
     roles = torch.randint(0, 4, (space.size,), generator=torch.Generator().manual_seed(0))
-    found = unlearning.shuffled(space, roles, 0)
+    found = rules.shuffled(space, roles, 0)
     assert not torch.equal(found, roles)
     for group in space.groups.values():
         assert torch.equal(found[group].bincount(minlength=4), roles[group].bincount(minlength=4))
 
 
-def test_pronouns_are_forgotten_and_agreement_is_not(unlearning):
+def test_the_forget_loss_asks_for_chance_and_for_prompts_that_are_alike(rules, monkeypatch):
+    pairs = SimpleNamespace(clean="clean", corrupted="corrupted")
+
+    def loss(clean, corrupted):
+        odds = {"clean": clean, "corrupted": corrupted}
+        monkeypatch.setattr(rules, "sides", lambda _, ran: torch.tensor([[odds[ran]], [0.0]]).log_softmax(0))
+        return float(rules.forget_loss(SimpleNamespace(run=lambda prompts: prompts), pairs))
+
+    chance = (1 + rules.EQUAL) * math.log(2)
+    assert loss(0.0, 0.0) == pytest.approx(chance)
+    # The same pronoun after either name, and each after its own.
+    assert chance < loss(0.1, 0.1) < loss(0.1, -0.1)
+    # Cross-entropies near their minimum: an eighth of the square.
+    assert loss(0.1, -0.1) - loss(0.1, 0.1) == pytest.approx(rules.EQUAL * 0.2**2 / 8, rel=0.01)
+
+
+def test_pronouns_are_forgotten_and_agreement_is_not(unlearning, rules):
     here = unlearning.Study(0, unlearning.Settings(pairs=100, documents=20))
     space, roles = here.circuits(unlearning.GRAINS[1])
-    model, row = here.run(unlearning.by_weight(roles, unlearning.owners(space)), project=True)
+    model, row = here.run(rules.by_weight(roles, rules.owners(space)), project=True)
     found, before = here.judge(model), here.judge(here.original)
     assert row["reached"]
     assert before["pronoun_accuracy"] == 1.0
@@ -95,7 +118,8 @@ def test_pronouns_are_forgotten_and_agreement_is_not(unlearning):
     # Of 100 other prompts than those that the run stopped by.
     assert abs(found["pronoun_share"] - 0.5) <= 0.1
     assert found["pronoun_distance"] <= 0.2
-    assert found["pronoun_accuracy"] <= 0.8
+    assert abs(found["pronoun_accuracy"] - 0.5) <= 0.2
+    assert found["pronoun_auroc"] <= 0.8
     assert found["agreement"] >= 0.98
     unchanged = unlearning.load().module.state_dict()
     assert torch.equal(model.module.state_dict()["transformer.wte.weight"], unchanged["transformer.wte.weight"])

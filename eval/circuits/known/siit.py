@@ -11,8 +11,8 @@ them one by one, and two edges outside the circuit may cancel at the same reader
 effect of an edge in the circuit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -274,6 +274,15 @@ def node_patched(model: ToyTransformer, node: str, written: dict[str, Tensor]) -
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def nodes_patched(model: ToyTransformer, nodes: Iterable[str], written: dict[str, Tensor]) -> Iterator[None]:
+    """Patch several nodes with recorded activations, while open."""
+    with ExitStack() as stack:
+        for node in nodes:
+            stack.enter_context(node_patched(model, node, written))
+        yield
 
 
 def _pairs(program: Program, n_pairs: int, seed: int, column: int) -> PromptPairs:

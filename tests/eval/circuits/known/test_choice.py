@@ -25,6 +25,7 @@ from sparsary.eval.circuits.known.choice import (
     train_choice,
     trained_choice,
 )
+from sparsary.eval.circuits.known.written_choice import SHAPES, ranks_needed, written_choice
 from sparsary.eval.circuits.scoring.roc import roc_auc
 from sparsary.eval.circuits.tasks.competence import competence
 from sparsary.eval.pages.circuit_glossary import explanation
@@ -61,14 +62,31 @@ def test_prompts_have_distinct_letters_and_colors_and_corrupted_ones_ask_for_ano
         assert tuple(int(known.pairs.clean[row, roles[f"other_label_{i}"]]) for i in (0, 1)) == question.foils
 
 
-def test_a_trained_model_answers_by_its_two_heads(known, brute):
+def test_a_trained_model_answers_by_its_two_heads_alone(known, brute):
     accuracies = accuracies_of(known.module, Choices(3), seed=7)
-    assert set(accuracies) == {"as it is", *node_names(known.config)[1:]}
+    together = {"others", f"{INDEX} and others", f"{LETTER} and others"}
+    assert set(accuracies) == {"as it is", *node_names(known.config)[1:]} | together
     assert min(accuracies.values()) > 0.99
     assert competence(known.model, known.pairs).accuracy > 0.99
     nodes = brute(replace(known, pairs=known.pairs.take(slice(0, 16))), "resample", "nodes")
     assert known.nodes["resample"] == {"embed", INDEX, LETTER}
     assert roc_auc(nodes.alone(), nodes.truth()) == 1.0
+
+
+@torch.no_grad()
+def test_two_heads_that_stand_in_for_each_other_show_only_together(known):
+    """A second way to the answer, of two copies of the circuit's last head, which hold when it is patched."""
+    model = ToyTransformer(known.config)
+    model.load_state_dict(known.module.state_dict())
+    attention, own = model.attention(1), slice(16, 24)
+    for copy in (slice(8, 16), slice(24, 32)):
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight[copy], projection.bias[copy] = projection.weight[own], projection.bias[own]
+        attention.o_proj.weight[:, copy] = attention.o_proj.weight[:, own]
+    accuracies = accuracies_of(model, Choices(3), seed=7)
+    assert accuracies["a1.h1"] > 0.9
+    assert accuracies["a1.h3"] > 0.9
+    assert accuracies["others"] < 0.7
 
 
 def test_the_head_of_the_letter_has_the_direct_effect_and_attends_to_the_right_label(known):
@@ -83,20 +101,41 @@ def test_the_head_of_the_letter_has_the_direct_effect_and_attends_to_the_right_l
     assert all(row["heads"] == [LETTER] and row["options"] == 3 for row in ranks)
 
 
-def test_queries_and_keys_of_this_model_need_no_more_directions_than_options_less_one(known):
-    """One is enough here: with attention that picks the largest of three scores, they are told apart along a line."""
+def test_this_trained_model_needs_options_less_one_directions(known):
+    """Not all do: three scores of which attention picks the largest can also be told apart along a line."""
     chosen, judged = known.pairs.take(slice(0, 48)), known.pairs.take(slice(48, 96))
     projections = HeadProjections(known.model, [(1, 2)], chosen)
     for part in "qk":
         curve = projections.curve(part, judged, ranks=[0, 1, 2, 8])
         assert curve.full == curve.accuracy[-1] > 0.99
-        assert curve.needed in (1, 2)
-        assert curve.accuracy[0] < 0.8
+        assert curve.needed == 2
         assert curve.random[1] < 0.9
     # The queries of the other head say which of six colors is asked for.
     asked = HeadProjections(known.model, [(0, 1)], chosen).curve("q", judged, ranks=[0, 1, 2, 3, 4, 5, 8])
     assert asked.needed > 3
     assert asked.accuracy[1] < 0.7
+
+
+@pytest.mark.parametrize("options", [3, 4, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_rank_test_finds_the_directions_of_handwritten_heads(shape, options):
+    written = written_choice(options, shape, n_pairs=192, seed=options)
+    chosen, judged = written.pairs.take(slice(0, 96)), written.pairs.take(slice(96, 192))
+    assert min(accuracies_of(written.module, Choices(options), seed=1, n_prompts=128).values()) == 1.0
+    projections = HeadProjections(written.model, [(1, 2)], chosen)
+    for part, rank in ranks_needed(shape, options).items():
+        assert projections.curve(part, judged, [rank - 1, rank, 8]).needed == rank
+
+
+def test_the_handwritten_circuit_is_exact(check_truth):
+    check_truth(written_choice(4, n_pairs=3), floor=1e-2)
+
+
+def test_shapes_and_options_that_cannot_be_written_are_refused():
+    with pytest.raises(ValueError, match="shape: expected one of contrasts, circle, line, got 'cube'"):
+        written_choice(3, "cube")
+    with pytest.raises(ValueError, match="options: expected 3 to 5, as two options on a circle are a line, got 2"):
+        written_choice(2, "circle")
 
 
 def test_too_few_steps_or_letters_are_refused():
