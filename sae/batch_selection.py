@@ -3,6 +3,7 @@
 A cell is the index of a pair in the flattened ``(tokens, n_latents)`` matrix. No function here carries gradients.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,6 +14,16 @@ from .kernels import selection
 SAMPLE_STRIDE = 61
 # Factor by which a sampled cut aims above the budget, so that it rarely passes too few scores.
 SLACK = 1.25
+
+
+@torch.no_grad()
+def smallest_of_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
+    """Return the ``k``-th largest value, or NaN if there is a NaN; ``k`` is at least 1."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        # A tenth of the time of torch's selection, which also runs on one thread.
+        largest = np.partition(values.numpy(), len(values) - k)[len(values) - k :]
+        return torch.from_numpy(largest).amin()
+    return values.topk(k, sorted=False).values.amin()
 
 
 @torch.no_grad()
@@ -34,7 +45,7 @@ def largest_cells(scores: Float[Tensor, "tokens n_latents"], budget: int) -> Int
     candidates = flat[cells]
     if budget == 0 or cells.numel() == budget:
         return cells[:budget]
-    smallest = candidates.topk(budget, sorted=False).values.amin()
+    smallest = smallest_of_largest(candidates, budget)
     above, equal = candidates > smallest, candidates == smallest
     spare = budget - above.sum()
     return cells[above | (equal & (equal.cumsum(0) <= spare))]

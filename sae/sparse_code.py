@@ -170,7 +170,7 @@ class SparseCode:
     def by_latent(self, n_latents: int) -> ByLatent:
         """Return the entries grouped by latent."""
         firsts, order = group_by_latent(self.latents, n_latents)
-        return ByLatent(firsts, self.token_ids()[order], order)
+        return ByLatent(firsts, self.token_ids().index_select(0, order), order)
 
     def relu(self) -> "SparseCode":
         """Return the code with negative values set to zero."""
@@ -178,8 +178,9 @@ class SparseCode:
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCode":
         """Return the code with only the entries where ``keep`` is True."""
-        before = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])
-        return SparseCode(self.latents[keep], self.values[keep], before[self.starts], batch_shape=self.batch_shape)
+        before, kept = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)]), keep.nonzero().squeeze(1)
+        latents, values = self.latents.index_select(0, kept), self.values.index_select(0, kept)
+        return SparseCode(latents, values, before[self.starts], batch_shape=self.batch_shape)
 
     def columns(self, latents: Int[Tensor, " m"]) -> Float[Tensor, "tokens m"]:
         """Return the values of chosen latents on every token, zero where inactive; differentiable in ``values``.

@@ -244,7 +244,7 @@ def spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: 
     kernels = backend(values, rows)
     if kernels is not None:
         group = code.by_latent(n_latents)
-        return kernels.spread(group.firsts, group.tokens, values[group.order], rows)
+        return kernels.spread(group.firsts, group.tokens, values.index_select(0, group.order), rows)
     if not _has_csr(like):
         by_entry = torch.zeros_like(like)
         # In chunks: the rows of all entries at once would be k times the input.
@@ -252,7 +252,7 @@ def spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: 
             by_entry.index_add_(0, latents[some], values[some, None] * rows[code.token_ids()[some]])
         return by_entry
     group = code.by_latent(n_latents)
-    return _csr(group.firsts, group.tokens, values[group.order], (n_latents, tokens)) @ rows
+    return _csr(group.firsts, group.tokens, values.index_select(0, group.order), (n_latents, tokens)) @ rows
 
 
 def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .batch_selection import SLACK, largest_cells, largest_columns
+from .batch_selection import SLACK, largest_cells, largest_columns, smallest_of_largest
 from .kernels import selection
 from .ranks import ALONE, UNDIVIDED, Ranks, Shards, largest_of_all
 from .sparse_code import SparseCode, group_by_latent
@@ -196,7 +196,7 @@ def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_laten
         found.append((torch.repeat_interleave(every, counts, output_size=len(values)), values, latents))
     token, values, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
     firsts, order = group_by_latent(token, tokens)
-    return SparseCode(latents[order], values[order], firsts[:-1])
+    return SparseCode(latents.index_select(0, order), values.index_select(0, order), firsts[:-1])
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def largest_values(values: Float[Tensor, " n"], budget: int, ranks: Ranks) -> Te
     """Return a mask of the ``budget`` largest values of all ranks; the first win ties."""
     if ranks.size > 1:
         return largest_of_all(values, budget, ranks)
-    smallest = values.topk(budget, sorted=False).values.amin()
+    smallest = smallest_of_largest(values, budget)
     over, equal = values > smallest, values == smallest
     spare = budget - over.sum()
     return over | (equal & (equal.cumsum(0) <= spare))

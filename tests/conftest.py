@@ -169,7 +169,7 @@ def encoder_arguments():
         "matching_pursuit": {"k": 3, "tolerance": 0.0},
         "batch_topk": {"k": 3},
         "matryoshka": {"k": 3, "shares": [0.25, 0.5, 1.0], "sampled": 0},
-        "lista": {"k": 3, "steps": 1, "eta": 0.3, "budget": "batch", "select": "hard"},
+        "lista": {"k": 3, "steps": 1, "eta": 0.3, "budget": "batch", "select": "hard", "shares": [1.0]},
         "multi_topk": {"k": 3, "weight": 0.125},
         "signed_topk": {"k": 3, "by": "size"},
         "relu": {"sparsity": 0.1, "target_l0": 3, "ramp": 0.1, "pre_act_loss": 0.03, "penalty_form": "l1"},

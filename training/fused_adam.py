@@ -93,7 +93,7 @@ class FusedAdam(DictionaryAdam):
             if key not in grouped:
                 grouped[key] = product.code.by_latent(weights.shape[0])
             group = grouped[key]
-            values = product.code.values[group.order]
+            values = product.code.values.index_select(0, group.order)
             gradient = RowGrad(group.firsts, group.tokens, values, product.rows, *ledger.dense(weights))
             unit = weights in self.atoms and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))

@@ -125,8 +125,9 @@ class Objective(nn.Module):
         fvu = normalized_mse(y, y_hat, self.variance)
         firings = code.firings(d.n_latents)
         named = {"fvu": fvu.detach(), "l0": d.shards.sum(firings.sum()) / max(code.n_tokens, 1)}
-        for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
-            named["screen_recall"] = screen.recall
+        if d.screen is not None:
+            for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
+                named["screen_recall"] = screen.recall
         judged, error = [y_hat], fvu
         if code.requests.prefixes:
             judged = self.prefixes(code, batch.x)

@@ -62,6 +62,8 @@ class DictionaryAdam(torch.optim.Adam):
     @torch.no_grad()
     def settle(self) -> None:
         """Align the encoder after an update, then move the averages of the weights."""
+        if not self.aligned and not self.decay:
+            return
         blocks = [block.weights for block in self.dictionary.blocks]
         if self.aligned:
             for weights in blocks:
