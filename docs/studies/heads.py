@@ -17,7 +17,7 @@ Clusters: average linkage, cut at this limit; single linkage, where a chain of a
 lenient. A head is monosemantic if at most one of its latents is outside its largest cluster, else polysemantic. Controls: sets
 of as many latents of random heads, and the parts of one and the same latent, each from other documents, in place of the
 latents of a head. Dictionaries of recipes/heads are trained first (finished runs are reused). Measured on the recipe's held-
-out documents. Writes docs/results/heads.json and prints the table of docs/circuits.md.
+out documents. Writes docs/results/heads.json and prints the table of docs/heads.md.
 """
 
 import argparse

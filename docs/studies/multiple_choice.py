@@ -7,7 +7,7 @@ directions of queries and keys is known (eval/circuits/known/written_choice.py),
 (eval/circuits/known/choice.py). Measured on other prompts: accuracy, AUC of the scores of discovery methods for the two heads
 among all eight, direct effects on the answer, and the rank test. Half of 256 pairs fit directions and choose heads, the other
 half judge. Weights are kept in runs/multiple-choice, finished rows in docs/results/multiple-choice.json; prints the tables of
-docs/circuits.md.
+docs/heads.md.
 """
 
 import argparse
