@@ -1,4 +1,4 @@
-"""Checkpoints that wait for their report, and the report that is written of one."""
+"""Candidates for evaluation, and the writing of their reports."""
 
 import hashlib
 import json

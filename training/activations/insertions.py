@@ -1,4 +1,4 @@
-"""What is spliced into a model: dictionaries with their hooks, and edits of their latents."""
+"""Insertions of dictionaries into a model, and interventions on their latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
