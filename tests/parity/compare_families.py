@@ -10,12 +10,12 @@ prints what is there, and trains nothing; ``--page docs/peers.md`` replaces the 
 - ``embedded``: the output of block 2 of the embedded model and, for transcoders, the MLP of layer 1; recipes of
   ``recipes/embedded`` and ``recipes/transcoders/embedded``, but 512 latents; 16 on a token; 586 steps of 512 tokens.
 - ``faster``: the SAEs of ``embedded`` with a learning rate of 3e-3 for all.
-- ``planted``: the small set of SynthSAEBench; 128 latents, 3 on a token; 600 steps of 1024 tokens.
-- ``stories3M``: the output of block 3 of that model, which recipes/stories3M/base.yaml describes, with 1024 latents; else as
-  ``embedded``. Run it in a folder with ``models`` and ``data``.
+- ``planted``: the small set of SynthSAEBench; 128 latents, 3 on a token; 600 steps of 1024 tokens; judged on 200,000.
+- ``stories3M``: the output of block 3 of that model or its MLP, as recipes/stories3M/base.yaml, with 1024 latents; else as
+  ``embedded``, but judged on a million tokens of stories sampled from the model. Needs ``models`` and ``data`` where it is run.
 
 All: 100 steps of warm-up, linear decay over the last fifth; learning rates of 1e-3 for SAEs and 3e-3 for planted features;
-transcoders have their recipe's here, and the best of three in sparsify. Three seeds here, two elsewhere. No family is tuned
+transcoders have their recipe's here, and the best of three in sparsify. Three seeds. No family is tuned
 here. Where a library has ``VARIANTS`` (its own learning rate or optimizer, its normalization of activations), the one with the
 least held-out fvu on seed 0 of the embedded model is kept, which is in its favour.
 
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from family_cases import DEAD_TOKENS, DECAY, ROOT, TRANSCODERS, WARMUP, Case, OfModel, PlantedCase
+from family_cases import DEAD_TOKENS, DECAY, RECOVERY, ROOT, TRANSCODERS, WARMUP, Case, OfModel, PlantedCase
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,8 +54,7 @@ from sparsary.training.run import train_recipe
 
 ROWS = 4096
 OURS = "sparsary"
-SEEDS = {OURS: 3}
-PEER_SEEDS = 2
+SEEDS = 3
 TOLERANCE = 0.02
 # Two runs this near each other in l0 are interpolated.
 NEAR = 1.25
@@ -145,26 +144,28 @@ class Peers:
 
 
 @torch.no_grad()
-def outputs_here(case: Case, recipe: Recipe) -> dict[str, Tensor]:
+def outputs_here(case: Case, recipe: Recipe, codes: bool) -> dict[str, Tensor]:
     """Train here, and return what ``peer_families.py`` writes for another library."""
     item = {"x": case.train["x"]} | ({"target": case.train["y"]} if "y" in case.train else {})
     with torch.enable_grad():
         dictionary = load_dictionary(train_recipe(resolve_recipe(recipe), [item])).eval()
-    rows, latents, values, y_hat, start = [], [], [], [], 0
+    rows, latents, values, y_hat, start, entries = [], [], [], [], 0, torch.zeros((), dtype=torch.long)
     for x in case.heldout["x"].split(ROWS):
-        code = dictionary.encode(x)
-        dense = code.to_dense(dictionary.n_latents)
+        dense = dictionary.encode(x).to_dense(dictionary.n_latents)
         token, latent = dense.nonzero(as_tuple=True)
-        rows.append(token + start)
-        latents.append(latent)
-        values.append(dense[token, latent])
+        entries += len(token)
+        if codes:
+            rows.append(token + start)
+            latents.append(latent)
+            values.append(dense[token, latent])
         y_hat.append(dictionary(x))
         start += len(x)
     silent = torch.ones(dictionary.n_latents, dtype=torch.bool)
     for x in case.train["x"][-DEAD_TOKENS:].split(ROWS):
         silent &= dictionary.encode(x).firings(dictionary.n_latents) == 0
-    parts = {"rows": rows, "latents": latents, "values": values, "y_hat": y_hat}
-    return {name: torch.cat(part) for name, part in parts.items()} | {"dead": silent, "W_dec": dictionary.atoms.detach()}
+    parts = {"y_hat": y_hat} | ({"rows": rows, "latents": latents, "values": values} if codes else {})
+    whole = {"entries": entries, "dead": silent, "W_dec": dictionary.atoms.detach()}
+    return {name: torch.cat(part) for name, part in parts.items()} | whole
 
 
 class Comparison:
@@ -177,17 +178,20 @@ class Comparison:
         mlp = ("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")
         block = ("model.layers.3:out",) * 2
         stories: dict[str, Any] = {"n_latents": 1024, "hooks": block, "recipes": "stories3M", "stored": 1.2}
+        stories |= {"scored": 1_000_000, "sampled": work / "stories3M" / "sampled.jsonl"}
+        stories_mlp = ("model.layers.3.mlp:in", "model.layers.3.mlp:out")
         self.cases = {
             "embedded": OfModel("embedded", work / "embedded", **size),
             "faster": OfModel("faster", work / "embedded", **{**size, "lr": 3e-3}),
             "mlp": OfModel("mlp", work / "mlp", **size, hooks=mlp),
             "stories3M": OfModel("stories3M", work / "stories3M", **{**size, **stories}),
+            "stories3M-mlp": OfModel("stories3M-mlp", work / "stories3M-mlp", **{**size, **stories, "hooks": stories_mlp}),
             "planted": PlantedCase("planted", work / "planted", **planted),
         }
 
     def case(self, name: str, family: str) -> Case:
         """Return a case, prepared."""
-        case = self.cases["mlp" if family in TRANSCODERS else name]
+        case = self.cases[OF_MLPS[name] if family in TRANSCODERS else name]
         if self.training and not (case.folder / "heldout.safetensors").exists():
             case.folder.mkdir(parents=True, exist_ok=True)
             case.prepare()
@@ -203,7 +207,7 @@ class Comparison:
             return None
         record = {"case": case.name, "family": family, "library": library, "variant": variant.name, "seed": seed, "knob": knob}
         if library == OURS:
-            outputs = outputs_here(case, case.recipe(family, knob, seed, self.work / "sae" / path.stem))
+            outputs = outputs_here(case, case.recipe(family, knob, seed, self.work / "sae" / path.stem), case.judges_codes)
         else:
             # A file of this process, as another may train other families in the same folder.
             out = self.work / f"outputs-{os.getpid()}.safetensors"
@@ -226,6 +230,7 @@ class Comparison:
                     "normalize": variant.normalize,
                     "prefixes": case.prefixes,
                     "threads": self.threads,
+                    "codes": case.judges_codes,
                     "out": str(out),
                 }
             )
@@ -236,7 +241,7 @@ class Comparison:
         running.update(y, outputs["y_hat"])
         figures = {
             "fvu": float(running.value()),
-            "l0": len(outputs["values"]) / len(y),
+            "l0": int(outputs["entries"]) / len(y),
             "dead": float(outputs["dead"].double().mean()),
         }
         record |= figures | case.judge(outputs)
@@ -336,7 +341,7 @@ def interpolated(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any
     a, b = pair
     share = math.log(target / a["l0"]) / math.log(b["l0"] / a["l0"])
     found = nearest | {"l0": float(target), "matched": "interpolated"}
-    for key in ("dead", "ce_recovered", "latent_f1", "mcc"):
+    for key in ("dead", "ce_recovered", *RECOVERY):
         if key in a:
             found[key] = (1 - share) * a[key] + share * b[key]
     for key in ("fvu", "knob"):
@@ -344,11 +349,13 @@ def interpolated(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any
     return found
 
 
+# Cases of transcoders, beside those of SAEs of the same model.
+OF_MLPS = {"embedded": "mlp", "stories3M": "stories3M-mlp"}
 OF_MODEL = ("fvu", "l0", "dead", "ce_recovered")
 FIGURES = {
     "embedded": OF_MODEL,
     "faster": OF_MODEL,
-    "planted": ("latent_f1", "mcc", "fvu", "l0", "dead"),
+    "planted": (*RECOVERY, "fvu", "l0", "dead"),
     "stories3M": OF_MODEL,
 }
 
@@ -388,7 +395,8 @@ def rows_of(cells: Mapping[tuple[str, str], dict[str, Any]], name: str) -> Itera
 
 def table(rows: Sequence[dict[str, Any]], name: str) -> str:
     """Return the rows as a Markdown table."""
-    labels = {"fvu": "fvu", "l0": "l0", "dead": "dead", "ce_recovered": "CE recovered", "latent_f1": "latent F1", "mcc": "mcc"}
+    labels = {"fvu": "fvu", "l0": "l0", "dead": "dead", "ce_recovered": "CE recovered", "mcc": "mcc"}
+    labels |= {"latent_f1": "latent F1", "detector_f1": "matched F1", "distinct_features": "distinct"}
     head = ["family", "library", *(labels[key] for key in FIGURES[name]), "ours : its", "settings"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
@@ -426,7 +434,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--library", nargs="+", choices=(OURS, *sorted({x for each in FAMILIES.values() for x in each})))
-    parser.add_argument("--seeds", type=int, default=max(SEEDS.values()), help="at most so many seeds")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many seeds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="print the tables of what is there, and train nothing")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
@@ -436,15 +444,15 @@ def main() -> None:
     comparison = Comparison(options.work.resolve(), options.peers.absolute(), options.threads, not options.table)
     # All cells with one seed come first, so that an interrupted comparison has a row for each.
     found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for seeds in range(1, min(options.seeds, max(SEEDS.values())) + 1):
+    for seeds in range(1, options.seeds + 1):
         for name in options.case:
             for family in options.family:
-                if name != "embedded" and family in TRANSCODERS:
+                if family in TRANSCODERS and name not in OF_MLPS:
                     continue
                 for library in (OURS, *FAMILIES[family]):
                     if options.library and library not in options.library:
                         continue
-                    cell = comparison.cell(name, family, library, min(seeds, SEEDS.get(library, PEER_SEEDS)))
+                    cell = comparison.cell(name, family, library, seeds)
                     if cell["runs"]:
                         found.setdefault(name, {})[family, library] = cell
     rows = {name: list(rows_of(cells, name)) for name, cells in found.items()}

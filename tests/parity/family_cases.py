@@ -1,5 +1,6 @@
 """Activations of ``compare_families.py``: how dictionaries on them are trained here and judged."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparsary.eval.heldout import TextBatch, text_batches
 from sparsary.eval.synthetic.recovery import Recovery
 from sparsary.eval.synthetic.truth import SCORED_SEED, Samples, truth_set
+from sparsary.sae.files import write_text
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.hooked_model import next_token_loss
 from sparsary.training.activations.model import LanguageModel, load_model
@@ -24,6 +26,13 @@ from sparsary.training.text import Cursor
 ROOT = Path(__file__).parents[2]
 WARMUP, DECAY = 100, 0.2
 DEAD_TOKENS, SCORED_TOKENS = 100_000, 15_000
+# Samples of planted features: enough for the rarest to fire, as a latent that does not counts as an F1 of 0.
+SAMPLES = 200_000
+RECOVERY = ("latent_f1", "detector_f1", "distinct_features", "mcc")
+# The cross-entropy costs a forward pass for each dictionary, so it is that of the first held-out tokens.
+LOSS_TOKENS = 131_072
+# Stories sampled at a time, and tokens after which one is cut.
+STORIES, STORY_TOKENS = 256, 384
 TRANSCODERS = ("transcoder", "skip_transcoder")
 
 
@@ -60,6 +69,11 @@ class Case:
         """Return the recipe of a run here."""
         raise NotImplementedError
 
+    @property
+    def judges_codes(self) -> bool:
+        """True if ``judge`` reads ``rows``, ``latents`` and ``values``, a held-out code's entries, beside ``y_hat``."""
+        return False
+
     def judge(self, outputs: Mapping[str, Tensor]) -> dict[str, float]:
         """Return figures that only these activations have."""
         raise NotImplementedError
@@ -70,12 +84,15 @@ class OfModel(Case):
     """Case of a language model, with its recipes' folder.
 
     ``hooks`` are those that dictionaries read and write, ``stored`` is the number of harvested tokens as a multiple of those of
-    a run. Transcoders keep their recipes' learning rate, which is larger than that of SAEs.
+    a run, ``scored`` that of held-out tokens; with ``sampled``, a file that is made if it is missing, these are stories sampled
+    from the model itself. Transcoders keep their recipes' learning rate, which is larger than that of SAEs.
     """
 
     hooks: tuple[str, str] = ("transformer.h.2:out", "transformer.h.2:out")
     recipes: str = "embedded"
     stored: float = 2.0
+    scored: int = SCORED_TOKENS
+    sampled: Path | None = None
 
     @cached_property
     def source(self) -> Recipe:
@@ -87,12 +104,54 @@ class OfModel(Case):
 
     @cached_property
     def text(self) -> list[TextBatch]:
-        return list(text_batches(self.model, self.source.text, self.source.harvest, Cursor(0, 0), SCORED_TOKENS))
+        text, section = self.source.text, self.source.harvest
+        if self.sampled is not None:
+            if not self.sampled.exists():
+                write_text(self.sampled, "".join(json.dumps({"text": story}) + "\n" for story in self.stories()))
+            text = text.model_copy(update={"files": [str(self.sampled)]})
+            section = section.model_copy(update={"heldout": 0.9999})
+        return list(text_batches(self.model, text, section, Cursor(0, 0), self.scored))
+
+    def stories(self) -> list[str]:
+        """Return texts sampled from the model at temperature 1, a hundredth more tokens than are scored."""
+        torch.manual_seed(0)
+        tokenizer, found, tokens = self.model.tokenizer, [], 0
+        begin = torch.full((STORIES, 1), tokenizer.bos_token_id)
+        # This model ends a story by the beginning of another.
+        ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        while tokens < 1.01 * self.scored:
+            ids = self.model.module.generate(
+                begin,
+                attention_mask=torch.ones_like(begin),
+                do_sample=True,
+                top_k=0,
+                eos_token_id=ends,
+                pad_token_id=tokenizer.eos_token_id,
+                max_length=STORY_TOKENS,
+            )
+            tokens += int((ids > max(ends)).sum())
+            found += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return found
 
     def prepare(self) -> None:
-        """Harvest and write both splits: training rows in their order, held-out rows in text order."""
+        """Write the splits that are missing: training rows in their order, held-out rows in text order."""
         names = ("x", "y") if self.hooks[0] != self.hooks[1] else ("x",)
-        hooks = dict(zip(names, self.hooks, strict=False))
+        hooks: dict[str, str] = dict(zip(names, self.hooks, strict=False))
+        if not (self.folder / "train.safetensors").exists():
+            self._prepare_train(hooks)
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for batch in self.text:
+            seen = self.model.activations(batch.token_ids, tuple(hooks.values()))
+            for name, hook in hooks.items():
+                found[name].append(seen[hook][batch.kept].float())
+        heldout = {name: torch.cat(parts) for name, parts in found.items()}
+        if len(heldout["x"]) < self.scored:
+            raise SystemExit(
+                f"{self.name}: expected {self.scored:,} held-out tokens, got {len(heldout['x']):,}. Sample more stories."
+            )
+        save_file(heldout, self.folder / "heldout.safetensors")
+
+    def _prepare_train(self, hooks: Mapping[str, str]) -> None:
         section = self.source.harvest.model_copy(
             update={
                 "hooks": tuple(hooks.values()),
@@ -101,17 +160,11 @@ class OfModel(Case):
             }
         )
         store = harvest_activations(self.model, self.source.text, section)
-        stream = StoreStream(store, self.hooks[:1], 1, seed=0, hooks_out=self.hooks[1:] if len(names) > 1 else ())
+        stream = StoreStream(store, self.hooks[:1], 1, seed=0, hooks_out=self.hooks[1:] if len(hooks) > 1 else ())
         rows = np.concatenate([stream.order(i, self.batch) for i in range(0, self.tokens, self.batch)])
         roles = {"x": "x", "y": "target"}
-        save_file({name: stream.rows[roles[name]].gather(rows) for name in names}, self.folder / "train.safetensors")
+        save_file({name: stream.rows[roles[name]].gather(rows) for name in hooks}, self.folder / "train.safetensors")
         stream.release()
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch in self.text:
-            seen = self.model.activations(batch.token_ids, tuple(hooks.values()))
-            for name, hook in hooks.items():
-                found[name].append(seen[hook][batch.kept].float())
-        save_file({name: torch.cat(parts) for name, parts in found.items()}, self.folder / "heldout.safetensors")
 
     def recipe(self, family: str, knob: float, seed: int, out_dir: Path) -> Recipe:
         of_mlps = {"transcoder": "transcoder", "skip_transcoder": "skip"}
@@ -146,9 +199,14 @@ class OfModel(Case):
 
     @torch.no_grad()
     def loss(self, rows: Tensor | None) -> float:
-        """Return the model's mean loss in nats, with rows in place of the kept activations if they are given."""
+        """Return the model's mean loss in nats, with rows in place of the kept activations if they are given.
+
+        On the first ``LOSS_TOKENS`` held-out tokens, or all.
+        """
         total, count, start = 0.0, 0, 0
         for batch in self.text:
+            if start >= LOSS_TOKENS:
+                break
             size = int(batch.kept.sum())
             change = {} if rows is None else {self.hooks[1]: _placing(rows[start : start + size], batch.kept)}
             with self.model.hooked(change):
@@ -175,13 +233,17 @@ def _budget(encoder: Mapping[str, Any], knob: float) -> dict[str, Any]:
 class PlantedCase(Case):
     """Case of planted features; the data of seed 0 for all."""
 
+    @property
+    def judges_codes(self) -> bool:
+        return True
+
     @cached_property
     def truth(self) -> Any:
         return truth_set("synth_sae_bench_small")
 
     @cached_property
     def sample(self) -> Any:
-        return self.truth.planted(0).sample(SCORED_TOKENS, SCORED_SEED)
+        return self.truth.planted(0).sample(SAMPLES, SCORED_SEED)
 
     def prepare(self) -> None:
         """Draw and write both splits."""
@@ -216,4 +278,4 @@ class PlantedCase(Case):
         latents = torch.zeros(len(self.sample.x), self.n_latents)
         latents[outputs["rows"], outputs["latents"]] = outputs["values"]
         recovery.update(latents, self.sample, outputs["y_hat"])
-        return {key: value for key, value in recovery.report().items() if key in ("latent_f1", "mcc")}
+        return {key: value for key, value in recovery.report().items() if key in RECOVERY}

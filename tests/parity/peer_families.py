@@ -56,7 +56,8 @@ NAMES = {
 class Order:
     """One dictionary to train.
 
-    ``knob`` is what sets the sparsity: ``k`` of families with a budget, a target, or the weight of a penalty.
+    ``knob`` is what sets the sparsity: ``k`` of families with a budget, a target, or the weight of a penalty. ``codes``: write
+    the held-out codes too, not only their number of entries.
     """
 
     library: str
@@ -74,6 +75,7 @@ class Order:
     normalize: bool
     prefixes: list[int]
     threads: int
+    codes: bool
     out: str
 
     @property
@@ -318,21 +320,24 @@ PEERS: dict[str, Callable[[Order, Data], Trained]] = {
 
 @torch.no_grad()
 def write_outputs(trained: Trained, order: Order, data: Data) -> None:
-    """Write the code and output of every held-out row, and which latents are silent on the last training tokens."""
-    y_hat, rows, latents, values = [], [], [], []
+    """Write the output of every held-out row, its code if ordered, and which latents are silent on the last training tokens."""
+    y_hat, rows, latents, values, entries = [], [], [], [], torch.zeros((), dtype=torch.long)
     for start in range(0, len(data.heldout["x"]), ROWS):
         x = data.heldout["x"][start : start + ROWS]
         code = trained.encode(x)
         token, latent = code.nonzero(as_tuple=True)
+        entries += len(token)
         y_hat.append(trained.decode(x, code))
-        rows.append(token + start)
-        latents.append(latent)
-        values.append(code[token, latent])
+        if order.codes:
+            rows.append(token + start)
+            latents.append(latent)
+            values.append(code[token, latent])
     fired = torch.zeros(order.n_latents, dtype=torch.bool)
     for x in data.x[: data.steps * data.batch][-order.dead_tokens :].split(ROWS):
         fired |= (trained.encode(x) != 0).any(0)
-    joined = {"y_hat": y_hat, "rows": rows, "latents": latents, "values": values}
-    tensors = {name: torch.cat(parts) for name, parts in joined.items()} | {"dead": ~fired, "W_dec": trained.W_dec.detach()}
+    joined = {"y_hat": y_hat} | ({"rows": rows, "latents": latents, "values": values} if order.codes else {})
+    tensors = {name: torch.cat(parts) for name, parts in joined.items()}
+    tensors |= {"entries": entries, "dead": ~fired, "W_dec": trained.W_dec.detach()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, order.out)
 
 

@@ -72,7 +72,7 @@ def test_a_table_of_a_page_is_replaced(script):
 def test_every_family_is_trained_here_at_the_width_and_budget_of_its_case(script, tmp_path):
     for name, case in script.Comparison(tmp_path, tmp_path / "python", 1, False).cases.items():
         for family in script.FAMILIES:
-            if (family in script.TRANSCODERS) == (name == "mlp"):
+            if (family in script.TRANSCODERS) == (name in script.OF_MLPS.values()):
                 recipe = case.recipe(family, 5, 1, tmp_path / "run")
                 assert recipe.dictionary.n_latents == case.n_latents
                 assert 5 in recipe.dictionary.encoder.values()
