@@ -1,6 +1,7 @@
 """Activations of ``compare_families.py``: how dictionaries on them are trained here and judged."""
 
-import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,6 @@ from torch import Tensor
 from sparsary.eval.heldout import TextBatch, text_batches
 from sparsary.eval.synthetic.recovery import Recovery
 from sparsary.eval.synthetic.truth import SCORED_SEED, Samples, truth_set
-from sparsary.sae.files import write_text
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.hooked_model import next_token_loss
 from sparsary.training.activations.model import LanguageModel, load_model
@@ -31,8 +31,7 @@ SAMPLES = 200_000
 RECOVERY = ("latent_f1", "detector_f1", "distinct_features", "mcc")
 # The cross-entropy costs a forward pass for each dictionary, so it is that of the first held-out tokens.
 LOSS_TOKENS = 131_072
-# Stories sampled at a time, and tokens after which one is cut.
-STORIES, STORY_TOKENS = 256, 384
+SAMPLER = ROOT / "docs" / "studies" / "sample_text.py"
 TRANSCODERS = ("transcoder", "skip_transcoder")
 
 
@@ -106,32 +105,12 @@ class OfModel(Case):
     def text(self) -> list[TextBatch]:
         text, section = self.source.text, self.source.harvest
         if self.sampled is not None:
-            if not self.sampled.exists():
-                write_text(self.sampled, "".join(json.dumps({"text": story}) + "\n" for story in self.stories()))
+            # Ends at once if the file has enough. A fiftieth more, for special tokens and documents that are not held out.
+            tokens = ["--tokens", str(self.scored + self.scored // 50), "--out", str(self.sampled)]
+            subprocess.run([sys.executable, str(SAMPLER), "--model", self.source.model.id, *tokens], check=True)
             text = text.model_copy(update={"files": [str(self.sampled)]})
             section = section.model_copy(update={"heldout": 0.9999})
         return list(text_batches(self.model, text, section, Cursor(0, 0), self.scored))
-
-    def stories(self) -> list[str]:
-        """Return texts sampled from the model at temperature 1, a hundredth more tokens than are scored."""
-        torch.manual_seed(0)
-        tokenizer, found, tokens = self.model.tokenizer, [], 0
-        begin = torch.full((STORIES, 1), tokenizer.bos_token_id)
-        # This model ends a story by the beginning of another.
-        ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        while tokens < 1.01 * self.scored:
-            ids = self.model.module.generate(
-                begin,
-                attention_mask=torch.ones_like(begin),
-                do_sample=True,
-                top_k=0,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.eos_token_id,
-                max_length=STORY_TOKENS,
-            )
-            tokens += int((ids > max(ends)).sum())
-            found += tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return found
 
     def prepare(self) -> None:
         """Write the splits that are missing: training rows in their order, held-out rows in text order."""
