@@ -20,7 +20,8 @@ here. Where a library has ``VARIANTS`` (its own learning rate or optimizer, its 
 least held-out fvu on seed 0 of the embedded model is kept, which is in its favour.
 
 What sets a dictionary's sparsity is adjusted until its l0 is within 2 % of the target, or until two values lie on both sides
-of it within 25 % of each other: figures are then interpolated (linearly in log l0, fvu in its log). Other rows are marked.
+of it within 25 % of each other: figures are then interpolated (linearly in log l0, fvu in its log). Where a budget is a whole
+number, one equal to the target is within 5 % close enough. Other rows are marked.
 
 ``dead``: latents that the trained dictionary leaves silent on the last 100,000 tokens of training. ``CE recovered``: share of
 the loss between mean ablation and the unmodified model. ``peer_families.py`` says how each library is run.
@@ -56,6 +57,8 @@ ROWS = 4096
 OURS = "sparsary"
 SEEDS = 3
 TOLERANCE = 0.02
+# The same for a whole budget equal to the target, of which negative values are dropped, if the next one is too far.
+OF_BUDGET = 0.05
 # Two runs this near each other in l0 are interpolated.
 NEAR = 1.25
 TRIES = 8
@@ -270,7 +273,10 @@ class Comparison:
             knob = next_knob({knob: run["l0"] for knob, run in tried.items()}, case.k, kind)
         if not tried:
             return None
-        return interpolated(list(tried.values()), case.k)
+        runs, own = list(tried.values()), tried.get(float(case.k))
+        if kind == WHOLE and own is not None and abs(own["l0"] / case.k - 1) <= OF_BUDGET and between(runs, case.k) is None:
+            return own | {"matched": "budget"}
+        return interpolated(runs, case.k)
 
     def cell(self, name: str, family: str, library: str, seeds: int) -> dict[str, Any]:
         """Return the best variant's figures of every seed, and those of all variants on seed 0.
@@ -412,7 +418,7 @@ def table(rows: Sequence[dict[str, Any]], name: str) -> str:
         if row["library"] != OURS and ours is not None and "no" not in row["matched"]:
             ratio = f"{ours[first]['mean'] / row[first]['mean']:.2f}"
         cells.append(ratio + (f", {verdict_words(row['difference'])}" if "difference" in row else ""))
-        marks = {"interpolated": "interpolated", "no": "not at this l0"}
+        marks = {"interpolated": "interpolated", "budget": "its budget", "no": "not at this l0"}
         notes = [row["variant"], *(marks[word] for word in row["matched"] if word in marks)]
         lines.append(f"| {' | '.join(cells)} | {', '.join(notes)} |")
     return "\n".join(lines)

@@ -77,3 +77,13 @@ def test_every_family_is_trained_here_at_the_width_and_budget_of_its_case(script
                 assert recipe.dictionary.n_latents == case.n_latents
                 assert 5 in recipe.dictionary.encoder.values()
                 assert (recipe.tokens, recipe.batch_tokens, recipe.seed) == (case.tokens, case.batch, 1)
+
+
+def test_a_whole_budget_of_which_little_is_unused_counts_as_matched(script, tmp_path, monkeypatch):
+    comparison = script.Comparison(tmp_path, tmp_path / "python", 1, False)
+    l0 = {3.0: 2.91, 4.0: 3.81}
+    monkeypatch.setattr(comparison, "run", lambda *of: {"knob": of[-1], "l0": l0[of[-1]], "fvu": 0.1})
+    found = comparison.at_l0(comparison.cases["planted"], "topk", script.OURS, script.EQUAL, 0, None)
+    assert (found["matched"], found["l0"]) == ("budget", 2.91)
+    l0[3.0] = 2.8
+    assert comparison.at_l0(comparison.cases["planted"], "topk", script.OURS, script.EQUAL, 0, None)["matched"] == "no"
